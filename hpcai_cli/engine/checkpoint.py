@@ -1,0 +1,148 @@
+"""Checkpoints: written under a temporary name, synced, hashed in a manifest, renamed; the newest that verifies is read.
+
+A checkpoint is a folder `step-NNNNNNNN` with `arrays.npz` (weights and optimizer slots), `state.json` (position,
+history, decisions) and `manifest.json` (the SHA-256 of the two).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpcai_cli.errors import DataError, HpcaiError
+
+KEPT = 2
+"""Newest checkpoints that stay, besides the best."""
+
+
+@dataclass
+class State:
+    """What a training needs to go on as if it had never stopped.
+
+    Attributes:
+        step: steps of the optimizer so far.
+        epoch: epochs that are complete.
+        cursor: examples of the current epoch that are done, over all ranks.
+        sums: running sums of the current epoch's loss and accuracy.
+        history: one row per complete epoch.
+        best: epoch, step and validation loss of the best epoch so far; empty before the first.
+        fingerprint: the dataset's.
+        arrays: variables by number; model first, then optimizer.
+    """
+
+    step: int
+    epoch: int
+    cursor: int
+    sums: list[float]
+    history: list[dict]
+    best: dict
+    fingerprint: str
+    arrays: dict[str, np.ndarray]
+
+
+def save(folder: Path, state: State) -> Path:
+    """Write a checkpoint and drop those that are neither among the newest nor the best.
+
+    Raises:
+        HpcaiError: it could not be written; those before it are untouched.
+    """
+    name = f"step-{state.step:08d}"
+    temporary = folder / f".{name}.{os.getpid()}.part"
+    try:
+        temporary.mkdir(parents=True)
+        with (temporary / "arrays.npz").open("wb") as stream:
+            np.savez(stream, **state.arrays)
+        values = {key: value for key, value in vars(state).items() if key != "arrays"}
+        (temporary / "state.json").write_text(json.dumps(values))
+        hashes = {part: _hash(temporary / part) for part in ("arrays.npz", "state.json")}
+        (temporary / "manifest.json").write_text(json.dumps({"format": "hpcai.checkpoint/1", "sha256": hashes}))
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        final = folder / name
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(folder)
+    except OSError as error:
+        raise HpcaiError(f"cannot write the checkpoint of step {state.step}: {error.strerror}; the ones before it are "
+                         "unchanged", mend="free some space, then continue with --resume") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    best = f"step-{state.best['step']:08d}" if state.best else ""
+    for old in _folders(folder)[KEPT:]:
+        if old.name != best:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(folder: Path) -> tuple[State, list[str]]:
+    """Read the newest checkpoint that verifies, and say which were passed over and why.
+
+    Raises:
+        DataError: there is none.
+    """
+    passed = []
+    for path in _folders(folder):
+        try:
+            return read(path), passed
+        except DataError as error:
+            passed.append(str(error))
+    raise DataError(f"no checkpoint in {folder} can be read" + "".join(f"; {reason}" for reason in passed),
+                    expected="a run that got as far as its first checkpoint", mend="train anew without --resume")
+
+
+def at_step(folder: Path, step: int) -> State:
+    """Read the checkpoint of one step.
+
+    Raises:
+        DataError: it is missing or does not verify.
+    """
+    return read(folder / f"step-{step:08d}")
+
+
+def read(path: Path) -> State:
+    """Read one checkpoint after its hashes were compared.
+
+    Raises:
+        DataError: it does not verify.
+    """
+    try:
+        hashes = json.loads((path / "manifest.json").read_text())["sha256"]
+        for part in ("arrays.npz", "state.json"):
+            if _hash(path / part) != hashes[part]:
+                raise ValueError(f"{part} does not match its hash")
+        values = json.loads((path / "state.json").read_text())
+        # No pickles: an array file of numbers is all that a checkpoint may hold.
+        with np.load(path / "arrays.npz", allow_pickle=False) as arrays:
+            return State(**values, arrays={name: arrays[name] for name in arrays.files})
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"checkpoint {path.name} does not verify: {error}") from None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the checkpoints, newest first."""
+    with contextlib.suppress(OSError):
+        found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
+        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return []
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+            hashlib.sha256(stream.read()).hexdigest())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

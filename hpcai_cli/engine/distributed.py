@@ -1,0 +1,159 @@
+"""The ranks of a job: the only module that imports horovod, and a serial twin with the same interface."""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from hpcai_cli import errors, launch
+from hpcai_cli.errors import DivergedError, HpcaiError, MissingError
+
+
+class Serial:
+    """One process: every collective operation is the identity."""
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    def reduce(self, gradients, averages, sums):
+        """Return the mean over the ranks of the gradients and of `averages`, and the sum of the vector `sums`."""
+        return gradients, averages, sums
+
+    def broadcast(self, variables) -> None:
+        """Give every rank the values of rank 0."""
+
+    def broadcast_json(self, value):
+        """Return rank 0's value, anything that JSON can say."""
+        return value
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of all ranks, in the order of the ranks, on every rank."""
+        return rows
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    def stop(self) -> None:
+        """End the communication."""
+
+
+class Horovod:
+    """Several processes under Horovod, by Gloo, MPI or NCCL.
+
+    Upstream's own Keras integration averages gradients in hooks that Keras 3 never calls
+    (https://github.com/horovod/horovod/issues/4290), so this class uses the bare operations only.
+    """
+
+    def __init__(self):
+        import horovod.tensorflow as hvd
+
+        self._hvd = hvd
+        hvd.init()
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+
+    def reduce(self, gradients, averages, sums):
+        """Average gradients and statistics and sum a small vector, in one fused operation.
+
+        Separate small tensors cost 1 to 3 ms each; here the vector, which carries the loss and the wish to stop,
+        travels with the gradients for nothing.
+
+        Args:
+            gradients: list of float32 tensors.
+            averages: list of float32 tensors.
+            sums: float32 (k,).
+        """
+        tensors = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        reduced = self._hvd.grouped_allreduce([*tensors, *averages, sums], op=self._hvd.Average)
+        split = len(tensors)
+        return reduced[:split], reduced[split:-1], reduced[-1] * self.size
+
+    def broadcast(self, variables) -> None:
+        """Give every rank the values of rank 0."""
+        self._hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
+
+    def broadcast_json(self, value):
+        """Return rank 0's value, anything that JSON can say."""
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        # Only rank 0's bytes count, but the shapes must agree before the bytes travel.
+        length = int(self._hvd.broadcast(tf.constant(len(text)), root_rank=0))
+        buffer = np.zeros(length, np.uint8)
+        if self.rank == 0:
+            buffer[:] = text
+        return json.loads(self._hvd.broadcast(tf.constant(buffer), root_rank=0).numpy().tobytes())
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of all ranks, in the order of the ranks, on every rank."""
+        return self._hvd.allgather(tf.constant(rows)).numpy()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._hvd.allreduce(tf.constant(0.0), name="barrier")
+
+    def stop(self) -> None:
+        """End the communication; rank 0's last words are out before another rank's exit ends the job."""
+        self.barrier()
+        self._hvd.shutdown()
+
+
+def start() -> Serial | Horovod:
+    """Join the job that this process was started in.
+
+    Raises:
+        MissingError: a launcher started several processes, but Horovod is missing or cannot see them. Training on
+            would mean n separate models.
+    """
+    place = launch.place()
+    if place.size == 1:
+        return Serial()
+    try:
+        ranks = Horovod()
+    except (ImportError, AttributeError, OSError) as error:
+        raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod cannot be loaded",
+                           expected="Horovod built for the installed TensorFlow",
+                           mend="run `hpcai doctor --build-horovod`", received=str(error)) from None
+    if ranks.size != place.size:
+        raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod sees {ranks.size}",
+                           expected="Horovod built with MPI, or the job started by horovodrun",
+                           mend="run `hpcai doctor --build-horovod --with-mpi`", received=ranks.size)
+    return ranks
+
+
+def on_rank_zero(ranks: Serial | Horovod, function: Callable):
+    """Call the function on rank 0 and return its value, anything that JSON can say, on every rank.
+
+    Raises:
+        HpcaiError: rank 0's failure, on every rank: a rank that waited for ever would hide it.
+    """
+    if ranks.size == 1:
+        return function()
+    outcome = {}
+    if ranks.rank == 0:
+        try:
+            outcome = {"value": function()}
+        except HpcaiError as error:
+            outcome = {"kind": type(error).__name__, "message": str(error)}
+    outcome = ranks.broadcast_json(outcome)
+    if "kind" in outcome:
+        error = getattr(errors, outcome["kind"])(outcome["message"])
+        error.collective = True
+        raise error
+    return outcome["value"]
+
+
+def prove_in_step(ranks: Serial | Horovod, variables, *, when: str) -> str:
+    """Compare a hash of the variables over all ranks and return it.
+
+    Raises:
+        DivergedError: they differ: the ranks train different models.
+    """
+    digest = hashlib.sha256()
+    for variable in variables:
+        digest.update(np.ascontiguousarray(variable.numpy()))
+    gathered = ranks.gather(np.frombuffer(digest.digest(), np.uint8).reshape(1, -1))
+    apart = [rank for rank, other in enumerate(gathered) if bytes(other) != bytes(gathered[0])]
+    if apart:
+        raise DivergedError(f"the weights of ranks {apart} differ from rank 0's {when}",
+                            expected="the same weights on every rank", received=digest.hexdigest()[:12])
+    return digest.hexdigest()

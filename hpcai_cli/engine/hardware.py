@@ -1,0 +1,88 @@
+"""What this machine is good at: threads per rank, one GPU per local rank, the precision and the reason for it."""
+
+import os
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from hpcai_cli import console
+from hpcai_cli.errors import MissingError
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use: its affinity, and the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def threads_per_rank(local_size: int) -> int:
+    """Return how many threads one rank's operations may use.
+
+    TensorFlow's threads starve Horovod's own, so the ranks of a host share its cores. A launcher that has bound each
+    rank to cores of its own (mpirun, srun) has done the sharing already.
+    """
+    cores = available_cores()
+    bound = local_size > 1 and cores < (os.cpu_count() or 1)
+    return cores if bound else max(1, cores // local_size)
+
+
+def set_up(*, local_rank: int, local_size: int) -> int:
+    """Give this rank its threads and its GPU, and return the number of threads.
+
+    Raises:
+        MissingError: the host has GPUs, but fewer than local ranks.
+    """
+    threads = threads_per_rank(local_size)
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus and local_rank >= len(gpus):
+        raise MissingError(f"{local_size} ranks on this host share {len(gpus)} GPUs", expected="one GPU per local rank",
+                           mend="start fewer ranks here, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1")
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        if gpus:
+            tf.config.set_visible_devices(gpus[local_rank], "GPU")
+            # Without memory growth TensorFlow takes the whole card, and a server beside the training finds none.
+            tf.config.experimental.set_memory_growth(gpus[local_rank], True)
+    except RuntimeError:
+        # TensorFlow runs already, as when one Python process trains twice: its threads stay as they are.
+        console.note("TensorFlow is running already; its threads and devices stay as they are")
+    return threads
+
+
+def choose_precision(asked: str) -> tuple[str, str]:
+    """Return the Keras dtype policy and the reason for it."""
+    if asked != "auto":
+        return asked, "asked for"
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus:
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
+        version = ".".join(map(str, capability))
+        if capability >= (8, 0):
+            return "mixed_bfloat16", f"this GPU (compute capability {version}) computes in bfloat16"
+        if capability >= (7, 0):
+            return "mixed_float16", f"this GPU (compute capability {version}) has float16 tensor cores"
+        return "float32", f"this GPU (compute capability {version}) has no tensor cores"
+    if "amx_bf16" in _cpu_flags():
+        return "mixed_bfloat16", "this CPU has AMX"
+    return "float32", "this CPU has no AMX"
+
+
+def set_precision(policy: str) -> None:
+    """Make the policy the default of the layers built from now on."""
+    keras.config.set_dtype_policy(policy)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return set(next(line for line in lines if line.startswith("flags")).split())
+    except (OSError, StopIteration):
+        return set()

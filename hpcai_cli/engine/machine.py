@@ -1,0 +1,60 @@
+"""What this machine has: cores, memory, instruction sets, GPUs."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def cores() -> int:
+    """Return how many cores this process may use: its affinity, and the container's quota where there is one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count  # no such file, or the quota is `max`
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Return total and available memory; a container's own limit counts as total. Zeros where it is not known."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        total, available = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError):
+        return 0, 0
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total, min(total, available)
+
+
+def instruction_sets() -> str:
+    """Name the instruction sets that make mixed_bfloat16 pay."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split()
+    found = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16") if flag in flags]
+    return f"{platform.machine()} with {', '.join(found)}" if found else f"{platform.machine()}, no bfloat16 units"
+
+
+def gpus() -> list[str]:
+    """Return the names of the GPUs that the driver shows."""
+    names = first_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return [line.strip() for line in names.splitlines() if line.strip()]
+
+
+def first_output(command: list[str]) -> str:
+    """Return what a short command prints, empty when it cannot be run or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,104 @@
+"""A recipe's model: built, checked against the data, its variables in a fixed order."""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from hpcai_cli.engine.store import Dataset
+from hpcai_cli.errors import DataError, UsageError
+from hpcai_cli.recipe import Recipe
+
+
+def check_data(recipe: Recipe, dataset: Dataset) -> None:
+    """Check that the data fit the recipe.
+
+    Raises:
+        DataError: everything that doesn't fit, at once.
+    """
+    problems = []
+    for name, split in dataset.splits.items():
+        if tuple(split.inputs.shape[1:]) != recipe.input_shape:
+            problems.append(f"{name} has examples of shape {tuple(split.inputs.shape[1:])} where the recipe has "
+                            f"{recipe.input_shape}")
+        if not len(split):
+            problems.append(f"{name} is empty")
+        elif int(split.labels.min()) < 0 or int(split.labels.max()) >= recipe.num_classes:
+            problems.append(f"{name} has labels from {split.labels.min()} to {split.labels.max()} where the recipe has "
+                            f"{recipe.num_classes} classes")
+    if recipe.early_stopping_patience and "validation" not in dataset.splits:
+        problems.append("it has no validation split for early_stopping_patience to look at")
+    if problems:
+        raise DataError(f"{dataset.path} does not fit recipe {recipe.name}: {'; '.join(problems)}",
+                        mend=f"write the file with `hpcai preprocess {recipe.dataset or recipe.name}`")
+
+
+def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras.Model:
+    """Build the recipe's model from its seed.
+
+    Raises:
+        UsageError: the function fails, or gives something else than a model from input_shape to num_classes logits.
+    """
+    keras.utils.set_random_seed(recipe.seed)
+    try:
+        model = build_model(recipe)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UsageError(f"recipe {recipe.name}: build_model fails", expected="a Keras model",
+                         received=f"{type(error).__name__}: {first_line}") from error
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"recipe {recipe.name}: build_model gives no model", expected="a keras.Model",
+                         received=type(model).__name__)
+    try:
+        # A model without an Input is built by its first example; one with another Input says so here.
+        shape = tuple(model(np.zeros((2, *recipe.input_shape), np.float32), training=False).shape)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UsageError(f"recipe {recipe.name}: the model does not take its input_shape {recipe.input_shape}",
+                         received=f"{type(error).__name__}: {first_line}") from error
+    if shape != (2, recipe.num_classes):
+        raise UsageError(f"recipe {recipe.name}: the model gives outputs of shape {shape[1:]}",
+                         expected=f"({recipe.num_classes},), one logit per class", received=shape[1:])
+    if not model.trainable_variables:
+        raise UsageError(f"recipe {recipe.name}: the model has nothing to train", expected="trainable weights")
+    return model
+
+
+def is_random_state(variable: keras.Variable) -> bool:
+    """Tell whether a variable is the state of a random generator (dropout), which differs between ranks on purpose."""
+    return variable.dtype == "uint32"
+
+
+def spread_random_state(model: keras.Model, rank: int) -> None:
+    """Give each rank its own dropout masks, derived from rank 0's state, which is the one that checkpoints hold."""
+    for variable in model.variables:
+        if is_random_state(variable):
+            state = variable.numpy().astype(np.uint64)
+            state[0] = (state[0] + rank * 0x9E3779B9) % 2**32
+            variable.assign(state.astype(np.uint32))
+
+
+def arrays(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> dict[str, np.ndarray]:
+    """Return all state of model and optimizer as arrays, named by kind and number."""
+    return {f"{kind}-{number}": variable.numpy()
+            for kind, owner in (("model", model), ("optimizer", optimizer))
+            for number, variable in enumerate(owner.variables)}
+
+
+def restore(values: dict[str, np.ndarray], model: keras.Model,
+            optimizer: keras.optimizers.Optimizer | None = None) -> None:
+    """Give model and, where asked, optimizer the values that `arrays` returned.
+
+    Raises:
+        DataError: they belong to another model.
+    """
+    for kind, owner in (("model", model), ("optimizer", optimizer)):
+        variables = owner.variables if owner is not None else []
+        for number, variable in enumerate(variables):
+            value = values.get(f"{kind}-{number}")
+            if value is None or tuple(value.shape) != tuple(variable.shape):
+                raise DataError(f"the checkpoint is of another {kind}: {variable.path} does not fit",
+                                expected=f"shape {tuple(variable.shape)}",
+                                mend="resume with the recipe that the run began with",
+                                received=None if value is None else tuple(value.shape))
+            variable.assign(value)

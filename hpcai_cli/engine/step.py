@@ -1,0 +1,92 @@
+"""One training step: forward, backward, averaged over the ranks, applied; compiled once."""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.recipe import Recipe
+
+
+def compile_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
+                 ranks: Serial | Horovod, augment: Callable | None) -> Callable:
+    """Return the compiled step (inputs, labels, weights, seed, stop) -> sums.
+
+    The step's arguments are inputs (b * k, ...) as stored, labels int64 (b * k,), weights float32 (b * k,) as the
+    pipeline gives them, seed int32 (2,) for the augmentation, and stop, float32 (), 1 when this rank was asked to
+    stop; b is the recipe's batch_size, k its accumulation_steps. `sums` is float32 (3,): the mean loss over the step's
+    examples of all ranks, how many of them were classified rightly, and how many ranks were asked to stop.
+    """
+    trainable = model.trainable_variables
+    statistics = [variable for variable in model.non_trainable_variables if "float" in variable.dtype]
+
+    def loss_of(inputs, labels, weights):
+        scores = tf.cast(model(inputs, training=True), tf.float32)
+        losses = keras.losses.categorical_crossentropy(
+            tf.one_hot(labels, recipe.num_classes), scores, from_logits=True, label_smoothing=recipe.label_smoothing)
+        # Regularization counts once per step: the weights of a whole step sum to the number of ranks.
+        loss = tf.reduce_sum(losses * weights) + sum(model.losses, 0.0) * tf.reduce_sum(weights)
+        right = tf.equal(tf.argmax(scores, axis=1), labels) & (weights > 0)
+        return loss, tf.reduce_sum(tf.cast(right, tf.float32))
+
+    def gradients_of(inputs, labels, weights):
+        with tf.GradientTape() as tape:
+            loss, right = loss_of(inputs, labels, weights)
+            scaled = optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return gradients, tf.stack([loss, right])
+
+    def accumulated(inputs, labels, weights):
+        def add(number, totals, sums):
+            part = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
+            gradients, more = gradients_of(inputs[part], labels[part], weights[part])
+            return number + 1, [a + tf.convert_to_tensor(b) for a, b in zip(totals, gradients, strict=True)], sums + more
+
+        # One part after the other: side by side they would need the memory that accumulation is there to save.
+        start = (0, [tf.zeros_like(variable.value) for variable in trainable], tf.zeros(2))
+        _, gradients, sums = tf.while_loop(lambda number, *_: number < recipe.accumulation_steps, add, start,
+                                           parallel_iterations=1)
+        return gradients, sums
+
+    @tf.function(reduce_retracing=True)
+    def step(inputs, labels, weights, seed, stop):
+        if augment is not None:
+            inputs = augment(inputs, seed)
+        gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(inputs, labels, weights)
+        sums = tf.concat([sums[:1] / ranks.size, sums[1:], [stop]], axis=0)
+        if ranks.size > 1:
+            # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
+            # rank. Batch norm's moving statistics are averaged too, or the ranks would hold different models.
+            gradients, means, sums = ranks.reduce(gradients, [variable.value for variable in statistics], sums)
+            for variable, mean in zip(statistics, means, strict=True):
+                variable.assign(mean)
+        optimizer.apply(gradients, trainable)
+        return sums
+
+    return step
+
+
+def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int) -> keras.optimizers.Optimizer:
+    """Return the recipe's optimizer with its learning-rate schedule for a job of `size` ranks."""
+    growth = {"linear": float(size), "sqrt": size**0.5, "none": 1.0}[recipe.learning_rate_scaling]
+    peak = recipe.learning_rate * growth
+    total = steps_per_epoch * recipe.epochs
+    warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=peak / warmup if warmup else peak, decay_steps=max(1, total - warmup),
+        # With alpha 1 the cosine stays at its peak: the constant schedule, with the same warm-up.
+        alpha=1.0 if recipe.schedule == "constant" else 0.0,
+        warmup_target=peak if warmup else None, warmup_steps=warmup)
+    common = {"learning_rate": schedule, "global_clipnorm": recipe.clip_norm or None,
+              "weight_decay": recipe.weight_decay or None}
+    if recipe.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(momentum=recipe.momentum, nesterov=recipe.momentum > 0, **common)
+    else:
+        kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
+        if recipe.optimizer == "adamw":
+            common["weight_decay"] = recipe.weight_decay
+        optimizer = kind[recipe.optimizer](**common)
+    if keras.config.dtype_policy().name == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer

@@ -1,0 +1,306 @@
+"""The training loop: the file to open first."""
+
+import csv
+import io
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hpcai_cli import console
+from hpcai_cli.engine import checkpoint, evaluation
+from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
+from hpcai_cli.engine.model import arrays, build, is_random_state, restore, spread_random_state
+from hpcai_cli.engine.pipeline import Batch, Pipeline
+from hpcai_cli.engine.step import build_optimizer, compile_step
+from hpcai_cli.engine.store import Dataset
+from hpcai_cli.errors import DataError, DivergedError, StoppedEarly
+from hpcai_cli.recipe import Recipe
+from hpcai_cli.run import Run, write_bytes, write_json
+from hpcai_cli.signals import StopRequest
+
+
+@dataclass
+class Job:
+    """What a training works with."""
+
+    recipe: Recipe
+    run: Run
+    dataset: Dataset
+    ranks: Serial | Horovod
+    build_model: Callable[[Recipe], keras.Model]
+    augment: Callable | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    tensorboard: bool = False
+
+
+@dataclass
+class _Progress:
+    """Where the training is; what a checkpoint holds beside the arrays."""
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    history: list[dict] = field(default_factory=list)
+    best: dict = field(default_factory=dict)
+
+
+class _Meter:
+    """Sums the epoch's loss and right answers, one step behind, so that an accelerator never waits for Python."""
+
+    def __init__(self, at: _Progress):
+        self._at, self._pending = at, None
+        self.stop_asked = False
+
+    def add(self, sums: tf.Tensor, step: int, examples: int) -> None:
+        """Take the next step's sums and account for the one before it."""
+        self.flush()
+        self._pending = (sums, step, examples)
+
+    def flush(self) -> None:
+        """Account for the step that is pending.
+
+        Raises:
+            DivergedError: its loss is no number. The loss is the mean over all ranks, so all ranks see it alike.
+        """
+        if self._pending is None:
+            return
+        (loss, right, stops), step, examples = self._pending[0].numpy().tolist(), *self._pending[1:]
+        self._pending = None
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at step {step}", expected="a finite number",
+                                mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
+        self._at.sums[0] += loss * examples
+        self._at.sums[1] += round(right)
+        self.stop_asked = self.stop_asked or stops > 0
+
+
+def train(job: Job, *, resume: bool) -> dict:
+    """Train to the end and return the result, the same on every rank.
+
+    Raises:
+        StoppedEarly: a signal asked for the end; a checkpoint was written first.
+        DivergedError: the loss is no number, or the ranks fell out of step.
+        DataError: the checkpoint or the data don't belong to this run.
+    """
+    recipe, ranks, run = job.recipe, job.ranks, job.run
+    started = time.monotonic()
+
+    # ---- Build everything; rank 0's values count.
+    split = job.dataset.split("train")
+    pipeline = Pipeline(split, batch_size=recipe.batch_size * recipe.accumulation_steps, seed=recipe.seed,
+                        rank=ranks.rank, size=ranks.size)
+    model = build(recipe, job.build_model)
+    optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=ranks.size)
+    optimizer.build(model.trainable_variables)
+    # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
+    at = _Progress(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
+    ranks.broadcast([*model.variables, *optimizer.variables])
+    spread_random_state(model, ranks.rank)
+    weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
+    prove_in_step(ranks, weights, when="at the start")
+    step = compile_step(model, optimizer, recipe, ranks, job.augment)
+    validate = _validator(job, model)
+    board = _Board(job)
+    _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
+           world_size=ranks.size)
+
+    # ---- Train.
+    total = len(split) * recipe.epochs
+    with console.progress("training", total=total, unit="images", done=at.epoch * len(split) + at.cursor) as shown:
+        while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
+            meter, epoch_started, cursor_started = _Meter(at), time.monotonic(), at.cursor
+            for batch in pipeline.batches(at.epoch, at.cursor):
+                sums = step(*_tensors(batch), tf.constant([recipe.seed, at.step * ranks.size + ranks.rank], tf.int32),
+                            tf.constant(float(bool(job.stop.received))))
+                at.step += 1
+                examples, at.cursor = batch.cursor - at.cursor, batch.cursor
+                meter.add(sums, at.step, examples)
+                if at.step == 1:
+                    # The second proof: gradients really are averaged, or the first step sets the ranks apart.
+                    prove_in_step(ranks, weights, when="after the first step")
+                shown.update(at.epoch * len(split) + at.cursor, _status(recipe, at))
+                if meter.stop_asked and at.cursor < len(split):
+                    meter.flush()
+                    _save(job, at, model, optimizer, weights)
+                    _raise_stopped(job, at)
+            meter.flush()
+            row = _finish_epoch(job, at, optimizer, validate,
+                                seconds=time.monotonic() - epoch_started, examples=at.cursor - cursor_started)
+            board.write(row, at.step)
+            _save(job, at, model, optimizer, weights)
+            shown.line(_sentence(recipe, row))
+            if (meter.stop_asked or _anyone_stopped(job)) and at.epoch < recipe.epochs:
+                _raise_stopped(job, at)
+
+    # ---- Choose the best epoch, judge it on the test split, write the result.
+    board.close()
+    if at.best and at.best["step"] != at.step:
+        best = at.best["step"]
+        on_rank_zero(ranks, lambda: restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
+        ranks.broadcast(model.variables)
+    return _finish(job, at, model, seconds=time.monotonic() - started)
+
+
+def _tensors(batch: Batch) -> tuple[tf.Tensor, ...]:
+    # tf.constant copies, so that the pipeline may fill its buffers again while an accelerator still computes.
+    return tf.constant(batch.inputs), tf.constant(batch.labels), tf.constant(batch.weights)
+
+
+def _resumed(job: Job, model, optimizer) -> dict:
+    """Restore the newest checkpoint that verifies, on rank 0, and return where it stands."""
+    state, passed = checkpoint.newest(job.run.checkpoints)
+    for reason in passed:
+        console.note(f"passed over: {reason}")
+    if state.fingerprint != job.dataset.fingerprint:
+        raise DataError("the dataset file is not the one that the run began with",
+                        expected=f"fingerprint {state.fingerprint[:12]}", received=job.dataset.fingerprint[:12])
+    restore(state.arrays, model, optimizer)
+    console.note(f"resuming at step {state.step}, epoch {state.epoch + 1} of {job.recipe.epochs}")
+    return {key: value for key, value in vars(state).items() if key not in ("arrays", "fingerprint")}
+
+
+def _validator(job: Job, model) -> Callable[[], tuple[float, float] | None]:
+    if "validation" not in job.dataset.splits:
+        return lambda: None
+    split, run_forward = job.dataset.split("validation"), evaluation.forward(model)
+    return lambda: evaluation.loss_and_accuracy(
+        evaluation.logits(run_forward, split, job.ranks, num_classes=job.recipe.num_classes), split.labels)
+
+
+def _finish_epoch(job: Job, at: _Progress, optimizer, validate, *, seconds: float, examples: int) -> dict:
+    """Close the epoch's accounts: history, the best epoch so far, the position of the next."""
+    count = len(job.dataset.split("train"))
+    row = {"epoch": at.epoch + 1, "loss": at.sums[0] / count, "accuracy": at.sums[1] / count}
+    validated = validate()
+    if validated is not None:
+        row["validation_loss"], row["validation_accuracy"] = validated
+        # Every rank has gathered the same numbers; rank 0's count all the same, since the decision must be one.
+        better = not at.best or row["validation_loss"] < at.best["validation_loss"]
+        if job.ranks.broadcast_json(better):
+            at.best = {"epoch": row["epoch"], "step": at.step, "validation_loss": row["validation_loss"]}
+    row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(seconds, 3),
+            "images_per_second": round(examples / seconds, 1)}
+    at.history.append(row)
+    at.epoch, at.cursor, at.sums = at.epoch + 1, 0, [0.0, 0.0]
+    _event(job, "epoch", **row)
+    return row
+
+
+def _out_of_patience(recipe: Recipe, at: _Progress) -> bool:
+    patience = recipe.early_stopping_patience
+    return bool(patience and at.best and at.epoch - at.best["epoch"] >= patience)
+
+
+def _save(job: Job, at: _Progress, model, optimizer, weights) -> None:
+    """Prove that the ranks are in step, then let rank 0 write the checkpoint."""
+    prove_in_step(job.ranks, weights, when=f"at the checkpoint of step {at.step}")
+
+    def write() -> None:
+        checkpoint.save(job.run.checkpoints, checkpoint.State(
+            **vars(at), fingerprint=job.dataset.fingerprint, arrays=arrays(model, optimizer)))
+        _write_history(job.run, at.history)
+        _event(job, "checkpoint", step=at.step)
+
+    on_rank_zero(job.ranks, write)
+
+
+def _anyone_stopped(job: Job) -> bool:
+    """Tell whether any rank was asked to stop since its last step, as during validation."""
+    return bool(job.ranks.gather(np.array([bool(job.stop.received)])).any())
+
+
+def _raise_stopped(job: Job, at: _Progress) -> None:
+    signals = job.stop.received or "a signal on another rank"
+    _event(job, "stopped", step=at.step, signal=signals)
+    raise StoppedEarly(f"stopped by {signals} after step {at.step}; the checkpoint is written",
+                       mend=f"continue with `hpcai train --resume {job.run.folder}`")
+
+
+def _finish(job: Job, at: _Progress, model, *, seconds: float) -> dict:
+    """Evaluate the chosen weights on the test split, write model.keras and result.json."""
+    metrics = {}
+    last = at.history[-1] if at.history else {}
+    chosen = at.history[at.best["epoch"] - 1] if at.best else last
+    if "test" in job.dataset.splits:
+        split = job.dataset.split("test")
+        scores = evaluation.logits(evaluation.forward(model), split, job.ranks, num_classes=job.recipe.num_classes)
+        metrics["loss"], metrics["accuracy"] = evaluation.loss_and_accuracy(scores, split.labels)
+    metrics |= {f"train_{name}": chosen[name] for name in ("loss", "accuracy") if name in chosen}
+    metrics |= {name: chosen[name] for name in ("validation_loss", "validation_accuracy") if name in chosen}
+    metrics |= {"images_per_second": last.get("images_per_second"), "seconds": round(seconds, 3)}
+    result = {"schema": "hpcai.train/1", "command": "train", "run": str(job.run.folder), "metrics": metrics,
+              "recipe": job.recipe.name, "epochs": at.epoch, "best_epoch": chosen.get("epoch"), "steps": at.step,
+              "world_size": job.ranks.size, "parameters": model.count_params(),
+              "test_examples": len(job.dataset.splits.get("test", ()))}
+
+    def write() -> None:
+        # Named so that Keras takes it for its own format; written whole or not at all.
+        temporary = job.run.folder / f".{os.getpid()}.keras"
+        try:
+            model.save(temporary)
+            write_bytes(job.run.model_file, temporary.read_bytes())
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_json(job.run.result_file, result)
+        job.run.failure_file.unlink(missing_ok=True)
+        _event(job, "finished", **metrics)
+
+    on_rank_zero(job.ranks, write)
+    return result
+
+
+def _write_history(run: Run, history: list[dict]) -> None:
+    text = io.StringIO()
+    if history:
+        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+    write_bytes(run.history_file, text.getvalue().encode())
+
+
+def _event(job: Job, kind: str, **values) -> None:
+    if job.ranks.rank == 0:
+        job.run.event(kind, **values)
+
+
+def _status(recipe: Recipe, at: _Progress) -> str:
+    if not at.cursor:
+        return ""
+    return (f"epoch {at.epoch + 1}/{recipe.epochs}  loss {at.sums[0] / at.cursor:.4f}  "
+            f"accuracy {at.sums[1] / at.cursor:.4f}")
+
+
+def _sentence(recipe: Recipe, row: dict) -> str:
+    text = f"epoch {row['epoch']}/{recipe.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}"
+    if "validation_loss" in row:
+        text += f", validation loss {row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.4f}"
+    return f"{text}, {row['images_per_second']:,.0f} images/s"
+
+
+class _Board:
+    """TensorBoard's event files, where the user asked for them."""
+
+    def __init__(self, job: Job):
+        wanted = job.tensorboard and job.ranks.rank == 0
+        self._writer = tf.summary.create_file_writer(str(job.run.tensorboard)) if wanted else None
+
+    def write(self, row: dict, step: int) -> None:
+        """Write one epoch's numbers."""
+        if self._writer is not None:
+            with self._writer.as_default(step=step):
+                for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate",
+                             "images_per_second"):
+                    if name in row:
+                        tf.summary.scalar(name, row[name])
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        if self._writer is not None:
+            self._writer.close()

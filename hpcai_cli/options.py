@@ -1,0 +1,27 @@
+"""Options that several commands share, so that they read and work alike."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpcai_cli.launch import VERBOSE_VARIABLE
+
+
+def _set_verbose(value: bool) -> None:
+    if value:
+        # In the environment, so that the ranks that this process starts are verbose too.
+        os.environ[VERBOSE_VARIABLE] = "1"
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what TensorFlow and Horovod print as they start.",
+                                       callback=_set_verbose, is_eager=True)]
+Data = Annotated[Path | None, typer.Option("--data", metavar="FILE.h5", help="Dataset file from `hpcai preprocess`.")]
+Processes = Annotated[int, typer.Option("--np", min=1, metavar="N", help="Processes on this host, under horovodrun.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the recipe; "
+                                               "repeatable. `hpcai recipes show` lists them.")]
+From = Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take settings from a recipe.json or a TOML "
+                                           "file first.")]

@@ -1,0 +1,150 @@
+"""Run: one run's folder and the files in it."""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpcai_cli.errors import DataError, HpcaiError, UsageError
+from hpcai_cli.recipe import Recipe
+
+
+class Run:
+    """A run folder: every file in it has one name, known here and nowhere else.
+
+    Args:
+        folder: the run's folder; `create` makes a new one, `open` checks an existing one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.recipe_file = self.folder / "recipe.json"
+        self.manifest_file = self.folder / "manifest.json"
+        self.events_file = self.folder / "events.jsonl"
+        self.history_file = self.folder / "history.csv"
+        self.result_file = self.folder / "result.json"
+        self.failure_file = self.folder / "failure.json"
+        self.model_file = self.folder / "model.keras"
+        self.checkpoints = self.folder / "checkpoints"
+        self.evaluation = self.folder / "evaluation"
+        self.tensorboard = self.folder / "tensorboard"
+
+    @classmethod
+    def create(cls, name: str, output: Path | None) -> "Run":
+        """Make a new run folder: `output`, or the next free `runs/NAME-1`, `runs/NAME-2`, ...
+
+        Raises:
+            UsageError: the folder holds something already, or cannot be written.
+        """
+        try:
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                if any(output.iterdir()):
+                    raise UsageError("the output folder is not empty", expected="a new or empty folder",
+                                     mend=f"give another --output, or continue it with `--resume {output}`",
+                                     received=str(output))
+                probe = output / ".writable"
+                probe.touch()
+                probe.unlink()
+                return cls(output)
+            Path("runs").mkdir(exist_ok=True)
+            taken = [int(match[1]) for entry in Path("runs").iterdir()
+                     if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))]
+            number = max(taken, default=0) + 1
+            while True:
+                # mkdir decides who gets a number when two trainings start at once.
+                with contextlib.suppress(FileExistsError):
+                    folder = Path("runs") / f"{name}-{number}"
+                    folder.mkdir()
+                    return cls(folder)
+                number += 1
+        except OSError as error:
+            raise UsageError(f"cannot write the output folder: {error.strerror}", expected="a folder that you may write",
+                             mend="give one with --output", received=str(error.filename)) from None
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Open an existing run folder.
+
+        Raises:
+            DataError: it is not one.
+        """
+        run = cls(folder)
+        if not run.recipe_file.is_file():
+            others = [str(path.parent) for path in sorted(Path("runs").glob("*/recipe.json"))][-3:]
+            near = f"the newest here are {', '.join(others)}" if others else "run `hpcai train RECIPE` first"
+            raise DataError("not a run folder", expected="a folder with a recipe.json in it", mend=near,
+                            received=str(folder))
+        return run
+
+    def recipe(self) -> Recipe:
+        """Read recipe.json, the resolved recipe of this run."""
+        return Recipe.from_json(read_json(self.recipe_file), where=str(self.recipe_file))
+
+    def manifest(self) -> dict:
+        """Read manifest.json."""
+        return read_json(self.manifest_file)
+
+    def event(self, kind: str, **values) -> None:
+        """Append one line to events.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values}, default=str)
+        with self.events_file.open("a") as stream:
+            stream.write(line + "\n")
+
+    def record_failure(self, *, rank: int | None, error: BaseException, exit_code: int) -> None:
+        """Write failure.json unless another rank was first: the first failure is the cause, the rest follow from it."""
+        document = {"rank": rank, "exit_code": exit_code, "kind": type(error).__name__, "message": str(error),
+                    "time": round(time.time(), 3)}
+        with contextlib.suppress(OSError), self.failure_file.open("x") as stream:
+            json.dump(document, stream)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        DataError: the file is missing or holds none.
+    """
+    try:
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict):
+            raise ValueError("no JSON object")
+        return document
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}", expected="a JSON object as hpcai writes it") from None
+
+
+def write_json(path: Path, document: Mapping) -> None:
+    """Write a JSON file whole or not at all."""
+    write_bytes(path, (json.dumps(document, indent=2, default=str) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name, sync, rename.
+
+    Raises:
+        HpcaiError: the disk is full or the folder cannot be written; what was there is still there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            # mkstemp makes files for the owner alone; a result is for whoever may read the folder.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise HpcaiError(f"cannot write {path}: {error.strerror}; what was there is unchanged") from None
