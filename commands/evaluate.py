@@ -83,14 +83,13 @@ def _evaluate_here(run: Run, data: Path | None, split_name: str, trust_model: bo
     manifest, recipe = run.manifest(), run.recipe()
     with console.quiet():
         from hpcai_cli.engine import distributed, evaluation, hardware, model_file
-        from hpcai_cli.engine.model import check_data
-        from hpcai_cli.engine.store import Dataset
+        from hpcai_cli.engine.store import Dataset, check_fits
 
         ranks = distributed.start()
     _check_names(conditions, evaluation.METRICS)
     hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     dataset = Dataset(data or Path(manifest["data"]))
-    check_data(recipe, dataset)
+    check_fits(dataset, recipe)
     split = dataset.split(split_name)
     if trust_model:
         # Classes of the user's own are registered by the module that defines them.

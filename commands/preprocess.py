@@ -19,7 +19,8 @@ def preprocess(
                                                 show_default=False)] = None,
     validation_fraction: Annotated[float | None, typer.Option(
         help="Share of the training examples to set aside; the recipe says by default.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that was made from something else.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that was made from something "
+                                        "else.")] = False,
     verify: Annotated[Path | None, typer.Option(metavar="FILE.h5", help="Prove a dataset file and do nothing "
                                                 "else.")] = None,
     settings: options.Set = None,
@@ -40,7 +41,8 @@ def preprocess(
         _verify(verify, json)
         return
     if recipe is None:
-        raise UsageError("preprocess needs a recipe", expected="a name", mend="run `hpcai recipes list` for all of them")
+        raise UsageError("preprocess needs a recipe", expected="a name",
+                         mend="run `hpcai recipes list` for all of them")
     entry = catalog.find(recipe).data_source()
     assignments = parse_assignments(settings or [])
     if validation_fraction is not None:

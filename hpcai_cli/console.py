@@ -33,13 +33,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title, box=SIMPLE, title_justify="left", title_style="bold")
+    drawn = Table(box=SIMPLE)
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(format_value(cell) for cell in row))
     # A pipe or a batch log has no width of its own; 80 columns would fold what a script's reader wants whole.
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(drawn)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(drawn)
 
 
 def note(text: str) -> None:
@@ -62,7 +64,9 @@ def format_value(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4f}" if 1e-4 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+        if abs(value) >= 1000:
+            return f"{value:,.1f}"
+        return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.3g}"
     return str(value)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from hpcai_cli.errors import EXIT_STOPPED, MissingError, UsageError
 
-
 TERMINAL_VARIABLE = "HPCAI_TERMINAL"
 """Path of the terminal on which rank 0 draws its progress when a launcher stands between the two."""
 VERBOSE_VARIABLE = "HPCAI_VERBOSE"

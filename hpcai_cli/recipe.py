@@ -182,10 +182,7 @@ def read_values(path: Path) -> dict[str, str]:
     """
     try:
         text = path.read_text()
-        if path.suffix == ".toml":
-            values = _parse_toml(text)
-        else:
-            values = json.loads(text)
+        values = _parse_toml(text) if path.suffix == ".toml" else json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it holds no object at its top")
     except FileNotFoundError:

@@ -63,8 +63,8 @@ class Run:
                     return cls(folder)
                 number += 1
         except OSError as error:
-            raise UsageError(f"cannot write the output folder: {error.strerror}", expected="a folder that you may write",
-                             mend="give one with --output", received=str(error.filename)) from None
+            raise UsageError(f"cannot write the output folder: {error.strerror}",
+                             expected="a folder that you may write", mend="give one with --output", received=str(error.filename)) from None
 
     @classmethod
     def open(cls, folder: Path) -> "Run":

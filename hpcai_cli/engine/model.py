@@ -5,32 +5,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from hpcai_cli.engine.store import Dataset
 from hpcai_cli.errors import DataError, UsageError
 from hpcai_cli.recipe import Recipe
-
-
-def check_data(recipe: Recipe, dataset: Dataset) -> None:
-    """Check that the data fit the recipe.
-
-    Raises:
-        DataError: everything that doesn't fit, at once.
-    """
-    problems = []
-    for name, split in dataset.splits.items():
-        if tuple(split.inputs.shape[1:]) != recipe.input_shape:
-            problems.append(f"{name} has examples of shape {tuple(split.inputs.shape[1:])} where the recipe has "
-                            f"{recipe.input_shape}")
-        if not len(split):
-            problems.append(f"{name} is empty")
-        elif int(split.labels.min()) < 0 or int(split.labels.max()) >= recipe.num_classes:
-            problems.append(f"{name} has labels from {split.labels.min()} to {split.labels.max()} where the recipe has "
-                            f"{recipe.num_classes} classes")
-    if recipe.early_stopping_patience and "validation" not in dataset.splits:
-        problems.append("it has no validation split for early_stopping_patience to look at")
-    if problems:
-        raise DataError(f"{dataset.path} does not fit recipe {recipe.name}: {'; '.join(problems)}",
-                        mend=f"write the file with `hpcai preprocess {recipe.dataset or recipe.name}`")
 
 
 def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras.Model:

@@ -41,7 +41,8 @@ def compile_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, reci
         def add(number, totals, sums):
             part = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
             gradients, more = gradients_of(inputs[part], labels[part], weights[part])
-            return number + 1, [a + tf.convert_to_tensor(b) for a, b in zip(totals, gradients, strict=True)], sums + more
+            totals = [a + tf.convert_to_tensor(b) for a, b in zip(totals, gradients, strict=True)]
+            return number + 1, totals, sums + more
 
         # One part after the other: side by side they would need the memory that accumulation is there to save.
         start = (0, [tf.zeros_like(variable.value) for variable in trainable], tf.zeros(2))

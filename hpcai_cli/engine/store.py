@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from hpcai_cli.errors import DataError, HpcaiError
+from hpcai_cli.recipe import Recipe
 
 FORMAT = "hpcai.dataset"
 VERSION = 1
@@ -274,6 +275,29 @@ def verify(path: Path) -> Report:
                   {name: len(split) for name, split in dataset.splits.items()}, path.stat().st_size)
 
 
+def check_fits(dataset: Dataset, recipe: Recipe) -> None:
+    """Check that the data fit the recipe.
+
+    Raises:
+        DataError: everything that doesn't fit, at once.
+    """
+    problems = []
+    for name, split in dataset.splits.items():
+        if tuple(split.inputs.shape[1:]) != recipe.input_shape:
+            problems.append(f"{name} has examples of shape {tuple(split.inputs.shape[1:])} where the recipe has "
+                            f"{recipe.input_shape}")
+        if not len(split):
+            problems.append(f"{name} is empty")
+        elif int(split.labels.min()) < 0 or int(split.labels.max()) >= recipe.num_classes:
+            problems.append(f"{name} has labels from {split.labels.min()} to {split.labels.max()} where the recipe has "
+                            f"{recipe.num_classes} classes")
+    if recipe.early_stopping_patience and "validation" not in dataset.splits:
+        problems.append("it has no validation split for early_stopping_patience to look at")
+    if problems:
+        raise DataError(f"{dataset.path} does not fit recipe {recipe.name}: {'; '.join(problems)}",
+                        mend=f"write the file with `hpcai preprocess {recipe.dataset or recipe.name}`")
+
+
 @contextlib.contextmanager
 def _opened(path: Path):
     """Open a file that a stranger may have made; every way in which HDF5 fails becomes a DataError."""
@@ -307,7 +331,8 @@ def _json(file: h5py.File, name: str, kind: type):
 
 
 def _split_names(file: h5py.File) -> list[str]:
-    names = [name for name in ("train", "validation", "test") if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+    names = [name for name in ("train", "validation", "test")
+             if isinstance(file.get(name, getlink=True), h5py.HardLink)]
     if "train" not in names:
         raise ValueError("it has no train split")
     return names

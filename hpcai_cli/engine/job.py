@@ -1,0 +1,142 @@
+"""A training from the request to the result: checks, run folder, ranks, hardware, the loop, what went wrong."""
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hpcai_cli import console
+from hpcai_cli.cache import cache_folder
+from hpcai_cli.engine.preprocessing import preprocess
+from hpcai_cli.engine.store import Dataset, check_fits
+from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError
+from hpcai_cli.recipe import Recipe
+from hpcai_cli.run import Run, write_json
+from hpcai_cli.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, resolved as far as it can be without touching data or hardware."""
+
+    recipe: Recipe
+    reference: str
+    """What finds the recipe again: its name or the path of its file."""
+    build_model: Callable
+    augment: Callable | None
+    data_recipe: Recipe
+    """The recipe whose data this one trains on."""
+    sample: Callable | None
+    data: Path | None = None
+    output: Path | None = None
+    resume: Path | None = None
+    tensorboard: bool = False
+
+
+def prepare(request: Request) -> tuple[Run, Path]:
+    """Find the data, check that they fit, and make or open the run's folder: all that can fail before the start.
+
+    Raises:
+        DataError: the data are missing or don't fit the recipe.
+        UsageError: the run's folder cannot be made.
+    """
+    run = Run.open(request.resume) if request.resume else None
+    file = request.data or (Path(run.manifest()["data"]) if run else _default_data(request))
+    check_fits(Dataset(file), request.recipe)
+    return run or Run.create(request.recipe.name, request.output), file
+
+
+def run_here(request: Request, stop: StopRequest) -> dict:
+    """Train in this process, one of several or alone, and return the result.
+
+    Raises:
+        HpcaiError: what `hpcai_cli.engine.training.train` raises; failure.json in the run folder says it too.
+    """
+    # TensorFlow loads here and not at import, so that a process that only starts others does without it.
+    with console.quiet():
+        from hpcai_cli.engine import distributed, hardware, training
+
+        ranks = distributed.start()
+    threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
+    policy, reason = hardware.choose_precision(request.recipe.precision)
+    hardware.set_precision(policy)
+    folder, file = distributed.on_rank_zero(ranks, lambda: _prepared(request))
+    run, dataset = Run(Path(folder)), Dataset(Path(file))
+    if ranks.rank == 0:
+        _describe(run, request, dataset, {"world_size": ranks.size, "threads_per_rank": threads, "precision": policy,
+                                          "precision_reason": reason})
+    console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
+                 f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
+    try:
+        result = training.train(training.Job(request.recipe, run, dataset, ranks, request.build_model, request.augment,
+                                             stop, request.tensorboard), resume=request.resume is not None)
+    except Exception as error:
+        code = error.exit_code if isinstance(error, HpcaiError) else 1
+        if code != EXIT_STOPPED:
+            run.record_failure(rank=ranks.rank, error=error, exit_code=code)
+        if isinstance(error, HpcaiError) and error.collective:
+            ranks.stop()
+        raise
+    ranks.stop()
+    return result
+
+
+def _prepared(request: Request) -> list[str]:
+    run, file = prepare(request)
+    return [str(run.folder), str(file)]
+
+
+def _plural(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _default_data(request: Request) -> Path:
+    """Return data/RECIPE.h5 where it is, else the built-in sample, and say so."""
+    name = request.data_recipe.name
+    file = Path("data") / f"{name}.h5"
+    if file.exists():
+        return file
+    if request.sample is None:
+        raise UsageError(f"{file} does not exist and recipe {name} has no built-in sample",
+                         expected="--data FILE.h5", mend=f"run `hpcai preprocess {name}`")
+    sample = cache_folder() / "samples" / f"{name}.h5"
+    console.note(f"no --data and no {file}: training on the built-in sample; `hpcai preprocess {name}` brings the "
+                 "whole data")
+    # The cache is ours: a sample that another version of the recipe wrote is replaced.
+    preprocess(request.data_recipe, load=None, sample=request.sample, downloads=None, source="sample", output=sample,
+               force=True)
+    return sample
+
+
+def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None:
+    """Write recipe.json, the whole truth of what is trained, and manifest.json, of where and with what."""
+    run.failure_file.unlink(missing_ok=True)
+    write_json(run.recipe_file, request.recipe.to_json())
+    write_json(run.manifest_file, {
+        "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,
+        "data": os.path.abspath(dataset.path), "data_fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names), "seed": request.recipe.seed, **facts,
+        "host": socket.gethostname(), "python": platform.python_version(), "git_commit": _git_commit(),
+        "versions": {name: _version(name) for name in ("hpcai", "tensorflow", "keras", "horovod", "h5py", "numpy")}})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the folder that the user works in, None where it is no repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
