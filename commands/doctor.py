@@ -1,11 +1,11 @@
-"""`hpcai doctor`: what is installed, what works, and the line that mends what does not."""
+"""hpcai doctor: what is installed, what works, and the line that mends what does not."""
 
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from hpcai_cli import console
+from hpcai_cli import console, options
 from hpcai_cli.errors import MissingError, UsageError
 
 
@@ -16,7 +16,7 @@ def doctor(
         "--with-mpi/--without-mpi", help="Build MPI in, or not; by default where mpicxx is found.")] = None,
     with_nccl: Annotated[bool, typer.Option(
         "--with-nccl", help="Build NCCL in, for GPUs; needs the CUDA toolkit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Show what is installed, what works, and the line that mends what does not.
 
@@ -25,6 +25,8 @@ def doctor(
         $ hpcai doctor --json
         $ hpcai doctor --build-horovod
         $ hpcai doctor --build-horovod --with-mpi --with-nccl
+
+    Next: hpcai train mnist --np 2
     """
     if not build_horovod and (with_mpi is not None or with_nccl):
         raise UsageError("--with-mpi, --without-mpi and --with-nccl say how to build",
@@ -35,7 +37,7 @@ def doctor(
     if build_horovod:
         horovod_build.build(with_mpi=with_mpi, with_nccl=with_nccl)
     findings = engine.examine()
-    if as_json:
+    if json:
         shown = [{key: asdict(finding)[key] for key in ("name", "status", "value", "mend")} for finding in findings]
         console.result_json({"schema": "hpcai.doctor/1", "command": "doctor", "findings": shown,
                              "metrics": dict(finding.metric for finding in findings if finding.metric)})

@@ -43,16 +43,18 @@ def predict(
         # Classes of the user's own are registered by the module that defines them.
         catalog.find(manifest["recipe_reference"])
     model = model_file.load(opened.model_file, trust=trust_model)
-    failed = 0
+    failed, reading = 0, True
     for answer in prediction.predict(_names(files), run_forward=evaluation.forward(model), shape=recipe.input_shape,
                                      class_names=tuple(manifest["class_names"])):
         failed += "error" in answer
         if json:
-            console.result(json_module.dumps(answer))
+            reading = console.result(json_module.dumps(answer))
         elif "error" in answer:
             console.note(f"{answer['file']}: {answer['error']}")
         else:
-            console.result(f"{answer['file']}: {answer['label']} ({answer['probability']:.1%})")
+            reading = console.result(f"{answer['file']}: {answer['label']} ({answer['probability']:.1%})")
+        if not reading:
+            break
     if failed:
         raise DataError(f"{failed} file{'s' if failed > 1 else ''} could not be read", expected="images",
                         mend="the lines above say why")

@@ -22,7 +22,13 @@ def list_recipes(json: options.Json = False) -> None:
     Examples:
         $ hpcai recipes list
     """
-    found = [(entry.recipe.name, entry.recipe.summary) for entry in catalog.entries()]
+    found = []
+    for name in catalog.names():
+        try:
+            found.append((name, catalog.find(name).recipe.summary))
+        except HpcaiError as error:
+            # One broken package of somebody else's must not hide all the others.
+            console.note(f"left out: {error}")
     if json:
         console.result_json({"schema": "hpcai.recipes/1", "command": "recipes list",
                              "recipes": [{"name": name, "summary": summary} for name, summary in found]})
@@ -53,7 +59,9 @@ def show(recipe: Name, json: options.Json = False) -> None:
 
 
 @recipes.command()
-def copy(recipe: Name, target: Annotated[Path, typer.Argument(metavar="FILE.py")]) -> None:
+def copy(
+    recipe: Name, target: Annotated[Path, typer.Argument(metavar="FILE.py", help="A new file.")],
+) -> None:
     """Copy a recipe to a file of your own, to change and train with `hpcai train ./FILE.py`.
 
     Examples:
@@ -68,7 +76,7 @@ def copy(recipe: Name, target: Annotated[Path, typer.Argument(metavar="FILE.py")
     # A recipe is named as its file is.
     text = entry.path.read_text().replace(f'name="{entry.recipe.name}"', f'name="{name}"', 1)
     write_bytes(target, text.encode())
-    console.result(f"{target} written; next: hpcai recipes validate ./{target}")
+    console.result(f"{target} written; next: hpcai recipes validate {target}")
 
 
 @recipes.command()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hpcai_cli import catalog, console, launch, options
-from hpcai_cli.errors import HpcaiError, MissingError, UsageError
+from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
 from hpcai_cli.run import Run
 from hpcai_cli.signals import StopRequest
@@ -106,7 +106,7 @@ def _start_ranks(np: int, prepared: tuple[Run, Path], request, assignments: dict
     for key, value in assignments.items():
         arguments += ["--set", f"{key}={value}"]
     outcome = launch.run_ranks(np, arguments)
-    if outcome.exit_code and not outcome.reported:
+    if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
         who = "horovodrun" if outcome.rank is None else f"rank {outcome.rank}"
         error = HpcaiError(f"{who} ended without a word of its own",
                            mend=f"run it again with --verbose, or go on with `hpcai train --resume {run.folder}`",

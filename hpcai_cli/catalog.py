@@ -60,7 +60,7 @@ def find(reference: str) -> CatalogEntry:
         module = _import(lambda: importlib.import_module(f"hpcai_cli.recipes.{name.replace('-', '_')}"), name)
         return _entry(module, name, name)
     for point in _entry_points():
-        if point.name == name:
+        if point.name.replace("_", "-") == name:
             return _entry(_import(point.load, name), name, name)
     near = difflib.get_close_matches(name, names(), n=1)
     if near:
@@ -75,12 +75,7 @@ def find(reference: str) -> CatalogEntry:
 
 def names() -> list[str]:
     """Return the names of all recipes that can be found without a path."""
-    return sorted({*_built_in(), *(point.name for point in _entry_points())})
-
-
-def entries() -> Iterator[CatalogEntry]:
-    """Load every recipe that can be found without a path."""
-    return (find(name) for name in names())
+    return sorted({*_built_in(), *(point.name.replace("_", "-") for point in _entry_points())})
 
 
 def _built_in() -> list[str]:
@@ -122,7 +117,9 @@ def _on_path(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Its functions import later, by the contract; at the end of the path the folder shadows nothing then.
         sys.path.remove(str(folder))
+        sys.path.append(str(folder))
 
 
 def _import(load: Callable[[], ModuleType], name: str) -> ModuleType:

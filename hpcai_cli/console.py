@@ -9,15 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from hpcai_cli import launch
+from hpcai_cli.errors import HpcaiError
 
 PLAIN_SECONDS = 10.0
 """Time between two progress lines where there is no terminal."""
 
 
-def result(text: str) -> None:
-    """Print a result for people on stdout; only rank 0 does."""
+def result(text: str) -> bool:
+    """Print a result for people on stdout; only rank 0 does. Return False when the reader has just gone away."""
     if launch.place().rank == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            # `hpcai ... | head`: the reader has what it wanted. The work goes on, so that the exit code stays true.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return False
+    return True
 
 
 def result_json(document: Mapping) -> None:
@@ -40,8 +47,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         drawn.add_row(*(format_value(cell) for cell in row))
     # A pipe or a batch log has no width of its own; 80 columns would fold what a script's reader wants whole.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    console.print(title, style="bold", soft_wrap=True)
-    console.print(drawn)
+    with console.capture() as text:
+        console.print(title, style="bold", soft_wrap=True)
+        console.print(drawn)
+    result(text.get().rstrip())
 
 
 def note(text: str) -> None:
@@ -50,11 +59,13 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def fail(text: str) -> None:
-    """Report this rank's own failure on stderr, with the rank's number where there are several."""
+def fail(text: str, *, collective: bool = False) -> None:
+    """Report a failure on stderr: this rank's own with its number, one of all ranks by rank 0 alone."""
     here = launch.place()
-    prefix = f"[rank {here.rank}] " if here.size > 1 else ""
-    print(f"{prefix}error: {text}", file=sys.stderr, flush=True)
+    if collective or here.size == 1:
+        note(f"error: {text}")
+    else:
+        print(f"[rank {here.rank}] error: {text}", file=sys.stderr, flush=True)
 
 
 def format_value(value: object) -> str:
@@ -85,6 +96,8 @@ def quiet() -> Iterator[None]:
         os.dup2(kept.fileno(), 2)
         try:
             yield
+        except HpcaiError:
+            raise  # It says all that people need.
         except BaseException:
             kept.seek(0)
             os.write(saved, kept.read())

@@ -15,8 +15,7 @@ from hpcai_cli.commands.predict import predict
 from hpcai_cli.commands.preprocess import preprocess
 from hpcai_cli.commands.recipes import recipes
 from hpcai_cli.commands.train import train
-from hpcai_cli.errors import HpcaiError
-from hpcai_cli.launch import place
+from hpcai_cli.errors import HpcaiError, StoppedEarly
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C where there is nothing to resume, as shells number it."""
@@ -32,16 +31,11 @@ class _FrontDoor(TyperGroup):
         os.environ.setdefault("KERAS_BACKEND", "tensorflow")
         try:
             return super().main(*args, **kwargs)
-        except BrokenPipeError:
-            # `hpcai ... | head`: the reader has what it wanted. stdout is replaced, or its flush at exit fails again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.exit(0)
-        except KeyboardInterrupt:
-            console.note("interrupted")
-            sys.exit(EXIT_INTERRUPTED)
         except HpcaiError as error:
-            if not error.collective or place().rank == 0:
-                console.fail(str(error))
+            if isinstance(error, StoppedEarly):
+                console.note(str(error))
+            else:
+                console.fail(str(error), collective=error.collective)
             _show_traceback()
             sys.exit(error.exit_code)
         except Exception as error:
@@ -50,6 +44,14 @@ class _FrontDoor(TyperGroup):
                          "set HPCAI_DEBUG=1 and run it again for the details")
             _show_traceback()
             sys.exit(1)
+
+    def invoke(self, ctx):
+        """Run the command; Ctrl-C is told here, because Typer's main takes it before ours and says nothing."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.note("interrupted")
+            sys.exit(EXIT_INTERRUPTED)
 
 
 def _show_traceback() -> None:

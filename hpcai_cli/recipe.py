@@ -44,6 +44,10 @@ class Downloads:
     """All files that are needed."""
 
 
+_FIXED = {"name", "summary", "options"}
+"""Fields that make up the recipe's identity, or hold others."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides how a training runs; the trainer adds no default of its own.
@@ -125,12 +129,16 @@ class Recipe:
         for key, text in assignments.items():
             name = key.replace("-", "_")
             try:
-                if name in fields and name not in ("name", "summary", "options"):
+                if name in fields and name not in _FIXED:
                     values[name] = _checked(name, _typed(name, text, values[name]), fields[name], self)
                 elif name in options:
-                    options[name] = _typed(name, text, options[name])
+                    options[name] = _finite(name, _typed(name, text, options[name]))
+                elif name in fields:
+                    raise UsageError(f"{name} cannot be set", mend="run `hpcai recipes copy` for a recipe of your own",
+                                     received=text)
                 else:
-                    raise UsageError(f"recipe {self.name} has no field {key!r}{_nearest(name, [*fields, *options])}",
+                    known = [*(fields.keys() - _FIXED), *options]
+                    raise UsageError(f"recipe {self.name} has no field {key!r}{_nearest(name, known)}",
                                      mend=f"run `hpcai recipes show {self.name}` for all of them", received=key)
             except UsageError as error:
                 problems.append(str(error))
@@ -192,7 +200,7 @@ def read_values(path: Path) -> dict[str, str]:
     options = values.pop("options", {})
     merged = {**values, **(options if isinstance(options, dict) else {"options": options})}
     # A recipe.json names its own recipe; the one on the command line is the one that counts.
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in merged.items()
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in merged.items()
             if key not in ("name", "summary")}
 
 
@@ -240,6 +248,12 @@ def _typed(name: str, text: str, default: object) -> object:
         raise UsageError(f"cannot set {name}", expected=kind, received=text) from None
 
 
+def _finite(name: str, value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} is not a number", expected="a finite number", received=value)
+    return value
+
+
 def _checked(name: str, value: object, entry: dataclasses.Field, recipe: Recipe) -> object:
     """Return the value in its field's own type, or say what is wrong with it."""
     kind = str(entry.type)
@@ -254,12 +268,13 @@ def _checked(name: str, value: object, entry: dataclasses.Field, recipe: Recipe)
         right = isinstance(value, tuple) and all(type(item) is items for item in value)
     elif "Mapping" in kind:
         right = isinstance(value, Mapping)
+        for option, chosen in value.items() if right else ():
+            _finite(option, chosen)
     else:
         right = type(value).__name__ == kind
     if not right:
         raise UsageError(f"{name} has the wrong type", expected=kind, received=value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{name} is not a number", expected="a finite number", received=value)
+    _finite(name, value)
     if "choices" in rules and value not in rules["choices"]:
         raise UsageError(f"{name} is unknown", expected=f"one of {', '.join(rules['choices'])}", received=value)
     for rule, broken, words in (("least", lambda limit: value < limit, "at least"),

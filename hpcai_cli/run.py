@@ -64,7 +64,8 @@ class Run:
                 number += 1
         except OSError as error:
             raise UsageError(f"cannot write the output folder: {error.strerror}",
-                             expected="a folder that you may write", mend="give one with --output", received=str(error.filename)) from None
+                             expected="a folder that you may write", mend="give one with --output",
+                             received=str(error.filename)) from None
 
     @classmethod
     def open(cls, folder: Path) -> "Run":

@@ -132,10 +132,9 @@ def _horovod(probe: dict) -> Finding:
 
 def _mpi(probe: dict) -> Finding:
     version = mpi_version()
-    built_in = probe["horovod"].get("value", {}).get("MPI", False)
     if not version:
         return Finding("MPI", "missing", "not installed; Gloo works without it", MPI_PACKAGES)
-    if _version("horovod") and not built_in:
+    if not probe["horovod"].get("value", {}).get("MPI", True):
         return Finding("MPI", "warning", f"{version}; not built into Horovod", f"{REBUILD} --with-mpi")
     return Finding("MPI", "ok", version)
 

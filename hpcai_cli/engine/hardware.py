@@ -1,25 +1,13 @@
 """What this machine is good at: threads per rank, one GPU per local rank, the precision and the reason for it."""
 
 import os
-from pathlib import Path
 
 import keras
 import tensorflow as tf
 
 from hpcai_cli import console
+from hpcai_cli.engine import machine
 from hpcai_cli.errors import MissingError
-
-
-def available_cores() -> int:
-    """Return the cores that this process may use: its affinity, and the container's quota where there is one."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def threads_per_rank(local_size: int) -> int:
@@ -28,7 +16,7 @@ def threads_per_rank(local_size: int) -> int:
     TensorFlow's threads starve Horovod's own, so the ranks of a host share its cores. A launcher that has bound each
     rank to cores of its own (mpirun, srun) has done the sharing already.
     """
-    cores = available_cores()
+    cores = machine.cores()
     bound = local_size > 1 and cores < (os.cpu_count() or 1)
     return cores if bound else max(1, cores // local_size)
 
@@ -70,7 +58,7 @@ def choose_precision(asked: str) -> tuple[str, str]:
         if capability >= (7, 0):
             return "mixed_float16", f"this GPU (compute capability {version}) has float16 tensor cores"
         return "float32", f"this GPU (compute capability {version}) has no tensor cores"
-    if "amx_bf16" in _cpu_flags():
+    if "amx_bf16" in machine.instruction_sets():
         return "mixed_bfloat16", "this CPU has AMX"
     return "float32", "this CPU has no AMX"
 
@@ -79,10 +67,3 @@ def set_precision(policy: str) -> None:
     """Make the policy the default of the layers built from now on."""
     keras.config.set_dtype_policy(policy)
 
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return set(next(line for line in lines if line.startswith("flags")).split())
-    except (OSError, StopIteration):
-        return set()

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -72,11 +73,14 @@ def build(*, with_mpi: bool | None, with_nccl: bool) -> BuildResult:
 
 def import_failure() -> str:
     """Return why Horovod cannot be imported by a fresh Python, empty when it can."""
-    done = subprocess.run([sys.executable, "-c", "import horovod.tensorflow"], capture_output=True, text=True,
-                          errors="replace", env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False)
+    code = ("try:\n    import horovod.tensorflow\n"
+            "except BaseException as error:\n    raise SystemExit(f'{type(error).__name__}: {error}')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace",
+                          env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False)
     if done.returncode == 0:
         return ""
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    lines = [line for line in done.stderr.splitlines() if "Error: " in line]
+    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def _tell(tools: Toolchain) -> None:
@@ -90,9 +94,10 @@ def _tell(tools: Toolchain) -> None:
 def _key(tools: Toolchain) -> str:
     """Name all that a wheel depends on; a home folder may be shared by machines of several kinds."""
     changes = hashlib.sha256(repr(patches(tools)).encode()).hexdigest()[:6]
-    return "-".join(part for part in (
-        f"{VERSION}+{changes}", f"tensorflow{tools.tensorflow}", sysconfig.get_config_var("SOABI"),
+    key = "-".join(part for part in (
+        VERSION, changes, f"tensorflow{tools.tensorflow}", sysconfig.get_config_var("SOABI"),
         "".join(platform.libc_ver()), tools.mpi or "nompi", f"nccl{tools.nccl.version}" if tools.nccl else "") if part)
+    return re.sub(r"[^\w.-]", "_", key)
 
 
 def _install(wheel: Path, log: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import tarfile
 import tempfile
@@ -50,6 +51,11 @@ def build_wheel(tools: Toolchain, folder: Path) -> Path:
     """
     log, sdist = folder / "build.log", folder.parent / SDIST
     log.unlink(missing_ok=True)
+    # Horovod's CMake files match this path as a pattern; with a `+` in it, the library lands elsewhere in the wheel.
+    if re.search(r"[^\w./-]", str(folder)):
+        raise MissingError("Horovod's build does not work in a folder with such a name",
+                           expected="letters, digits, `.`, `_` and `-`", mend="set HPCAI_CACHE to another folder",
+                           received=str(folder))
     if sdist.exists():
         _verify(sdist)
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as temporary:

@@ -108,9 +108,15 @@ def _default_data(request: Request) -> Path:
     sample = cache_folder() / "samples" / f"{name}.h5"
     console.note(f"no --data and no {file}: training on the built-in sample; `hpcai preprocess {name}` brings the "
                  "whole data")
-    # The cache is ours: a sample that another version of the recipe wrote is replaced.
-    preprocess(request.data_recipe, load=None, sample=request.sample, downloads=None, source="sample", output=sample,
-               force=True)
+    def write(force: bool) -> None:
+        preprocess(request.data_recipe, load=None, sample=request.sample, downloads=None, source="sample",
+                   output=sample, force=force)
+
+    try:
+        write(force=False)
+    except UsageError:
+        # The cache is ours: what another version of the recipe left there is replaced.
+        write(force=True)
     return sample
 
 

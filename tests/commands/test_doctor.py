@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from hpcai_cli.engine import doctor, horovod_build
 from hpcai_cli.engine.doctor import Finding
-from hpcai_cli.errors import MissingError, UsageError
+from hpcai_cli.main import app
 
 HEALTHY = [Finding("TensorFlow", "ok", "2.21.0", required=True),
            Finding("Horovod", "missing", "not installed", "hpcai doctor --build-horovod"),
@@ -17,11 +16,7 @@ BROKEN = [*HEALTHY, Finding("h5py", "missing", "not installed", "pip install 'h5
 
 
 def run(*arguments: str):
-    from hpcai_cli.commands.doctor import doctor as command
-
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, ["doctor", *arguments])
 
 
 @pytest.fixture
@@ -54,16 +49,15 @@ def test_something_required_is_missing_after_the_table_was_shown(found):
     found(BROKEN)
     done = run("--json")
     assert json.loads(done.stdout)["findings"][-1]["status"] == "missing"
-    assert isinstance(done.exception, MissingError)
-    assert done.exception.exit_code == 4
-    assert str(done.exception) == "h5py: not installed; `pip install 'h5py<3.15'`"
+    assert done.exit_code == 4
+    assert done.stderr == "error: h5py: not installed; `pip install 'h5py<3.15'`\n"
 
 
 @pytest.mark.parametrize("flag", ["--with-mpi", "--without-mpi", "--with-nccl"])
 def test_how_to_build_without_building_is_wrong_usage(flag):
     done = run(flag)
-    assert isinstance(done.exception, UsageError)
-    assert "--build-horovod" in str(done.exception)
+    assert done.exit_code == 2
+    assert "add --build-horovod" in done.stderr
 
 
 @pytest.mark.parametrize(("flags", "with_mpi", "with_nccl"), [

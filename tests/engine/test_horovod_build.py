@@ -117,6 +117,12 @@ def test_a_foreign_source_archive_is_refused(cache):
     assert text.endswith(f"received: {hashlib.sha256(b'not Horovod').hexdigest()!r}")
 
 
+def test_a_folder_name_that_the_build_takes_for_a_pattern_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HPCAI_CACHE", str(tmp_path / "c++"))
+    with pytest.raises(MissingError, match="set HPCAI_CACHE to another folder; received: .*c[+][+]"):
+        horovod_build.build(with_mpi=None, with_nccl=False)
+
+
 @pytest.mark.parametrize("lines", ["set(A 1)\n", "a/xla_mpi_ops.cc\nb/xla_mpi_ops.cc\n"])
 def test_a_source_that_is_not_as_expected_is_not_patched(tmp_path, lines):
     build_file = tmp_path / "horovod/tensorflow/CMakeLists.txt"

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := build/demo
+
+.PHONY: demo test install horovod lint format bench wheel clean
+
+demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
+	rm -rf $(RUN) && $(BIN)/hpcai train mnist --epochs 12 --output $(RUN)
+	$(BIN)/hpcai evaluate $(RUN) --require "accuracy>=0.95"
+	$(BIN)/hpcai predict $(RUN) tests/digit.png
+
+test: .venv/test horovod  ## run all tests; Horovod is built first, once
+	$(BIN)/python -m pytest
+
+install: .venv/ready  ## a virtual environment in .venv with hpcai in it, editable
+
+horovod: .venv/ready  ## build Horovod for the installed TensorFlow, or find it in the cache
+	@$(BIN)/hpcai doctor --build-horovod > /dev/null
+
+lint: .venv/test  ## the linter, import rules included
+	$(BIN)/ruff check .
+
+format: .venv/test  ## sort imports and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+
+bench: .venv/test horovod  ## measure the speed claims of the README, about 25 minutes
+	$(BIN)/python -m hpcai_cli.engine.benchmarks
+
+wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it
+	$(BIN)/python -m pytest tests/wheel_check.py
+
+clean:  ## remove everything that make made, but not runs and data
+	rm -rf .venv build dist *.egg-info
+
+.venv/ready: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "hpcai needs Python 3.10 to 3.13 and this is %d.%d; install one and run: make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv > /dev/null || { rm -rf .venv; echo "cannot make a virtual environment; install venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "installing TensorFlow and the rest into .venv" >&2 && $(BIN)/pip install -q -e '.[horovod]' && touch $@
+
+.venv/test: .venv/ready
+	@$(BIN)/pip install -q -e '.[test,horovod]' && touch $@

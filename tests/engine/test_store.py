@@ -1,0 +1,239 @@
+"""The dataset file: what is written is found again, by anybody's reader, and a damaged one is refused."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import h5py
+import numpy as np
+import pytest
+
+from hpcai_cli.engine import store
+from hpcai_cli.errors import DataError, HpcaiError
+from hpcai_cli.recipe import Recipe
+
+COUNTS = {"train": 23, "validation": 7, "test": 5}
+RECIPE = Recipe(name="tiny", summary="", input_shape=(4, 3, 2), num_classes=3)
+
+
+def splits(seed: int = 1) -> dict:
+    source = np.random.default_rng(seed)
+    return {name: {"images": source.integers(0, 256, (count, 4, 3, 2), dtype=np.uint8),
+                   "labels": source.integers(0, 3, count)} for name, count in COUNTS.items()}
+
+
+def write(path, arrays=None) -> str:
+    return store.write(path, splits() if arrays is None else arrays, recipe="tiny", class_names=("a", "b", "ß"),
+                       source_fingerprint="source", options={"seed": 0})
+
+
+@pytest.fixture
+def file(tmp_path):
+    write(tmp_path / "tiny.h5")
+    return tmp_path / "tiny.h5"
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    first, second, other = (tmp_path / name for name in ("first.h5", "second.h5", "other.h5"))
+    assert write(first) == write(second)
+    assert first.read_bytes() == second.read_bytes()
+    assert write(other, splits(seed=2)) != store.verify(first).fingerprint
+    assert sorted(os.listdir(tmp_path)) == ["first.h5", "other.h5", "second.h5"]
+
+
+def test_any_hdf5_tool_reads_it(file):
+    with h5py.File(file) as opened:
+        for split, arrays in splits().items():
+            for name, array in arrays.items():
+                item = opened[f"{split}/{name}"]
+                assert item.dtype == array.dtype
+                assert (item.chunks, item.compression, item.external, item.is_virtual) == (None, None, None, False)
+                assert item.id.get_offset() > 0
+                assert item.attrs["valid_rows"] == len(array)
+                np.testing.assert_array_equal(item, array)
+
+
+def test_verify_says_what_is_in_the_file(file):
+    report = store.verify(file)
+    assert report.counts == COUNTS
+    assert report.class_names == ("a", "b", "ß")
+    assert (report.recipe, report.source_fingerprint, report.options) == ("tiny", "source", {"seed": 0})
+    assert report.bytes == file.stat().st_size
+    assert report.fingerprint == store.Dataset(file).fingerprint
+
+
+def test_statistics_are_those_of_the_training_split(file):
+    pixels = splits()["train"]["images"].reshape(-1, 2).astype(np.float64)
+    found = store.Dataset(file).statistics
+    np.testing.assert_allclose(found["mean"], pixels.mean(axis=0))
+    np.testing.assert_allclose(found["std"], pixels.std(axis=0))
+
+
+@pytest.mark.parametrize("name", [f"{split}/{kind}" for split in COUNTS for kind in ("images", "labels")])
+def test_verify_finds_one_flipped_bit_in_each_dataset(file, name):
+    with h5py.File(file) as opened:
+        place = opened[name].id.get_offset() + opened[name].id.get_storage_size() - 1
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"the checksum of {name} does not match") as caught:
+        store.verify(file)
+    assert caught.value.exit_code == 3
+
+
+def test_verify_finds_labels_that_got_other_names(file):
+    with h5py.File(file, "a") as opened:
+        opened.attrs["class_names"] = '["b", "a", "c"]'
+    with pytest.raises(DataError, match="the fingerprint does not match the content"):
+        store.verify(file)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("less", [0, 1])
+def test_a_truncated_file_is_bad_data(file, part, less):
+    content = file.read_bytes()
+    file.write_bytes(content[:max(0, int(len(content) * part) - less)])
+    with pytest.raises(DataError, match="truncated, damaged or no dataset file"):
+        store.verify(file)
+
+
+def test_a_byte_less_is_bad_data(file):
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(DataError, match="truncated"):
+        store.Dataset(file)
+
+
+def test_gather_is_fancy_indexing(file):
+    split = store.Dataset(file).split("train")
+    arrays = splits()["train"]
+    rows = np.array([22, 0, 7, 7, 13])
+    images, labels = np.empty((5, 4, 3, 2), np.uint8), np.empty(5, np.int64)
+    split.gather(rows, images, labels)
+    np.testing.assert_array_equal(images, arrays["images"][rows])
+    np.testing.assert_array_equal(labels, arrays["labels"][rows])
+    assert len(split) == 23
+    with pytest.raises(ValueError, match="read-only"):
+        split.inputs[0] = 0
+
+
+@pytest.mark.parametrize("layout", [{"chunks": True}, {"compression": "gzip"}, {"compression": "lzf", "shuffle": True}])
+def test_a_file_that_another_tool_packed_reads_the_same(file, layout):
+    plain = store.Dataset(file)
+    packed = file.with_name("packed.h5")
+    with h5py.File(file) as source, h5py.File(packed, "w") as target:
+        target.attrs.update(source.attrs)
+        for split in COUNTS:
+            for kind in ("images", "labels"):
+                name = f"{split}/{kind}"
+                target.create_dataset(name, data=source[name][:], **layout)
+                target[name].attrs.update(source[name].attrs)
+    assert store.verify(packed).fingerprint == plain.fingerprint
+    for name, count in COUNTS.items():
+        rows = np.random.default_rng(0).integers(0, count, 50)
+        found = []
+        for dataset in (plain, store.Dataset(packed)):
+            images, labels = np.empty((50, 4, 3, 2), np.uint8), np.empty(50, np.int64)
+            dataset.split(name).announce(rows)
+            dataset.split(name).gather(rows, images, labels)
+            found += [images, labels]
+        np.testing.assert_array_equal(found[0], found[2])
+        np.testing.assert_array_equal(found[1], found[3])
+
+
+def test_float_features_and_a_split_without_rows(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    arrays = {"train": {"features": rows, "labels": np.arange(9) % 3},
+              "test": {"features": rows[:0], "labels": np.zeros(0, np.int64)}}
+    write(tmp_path / "rows.h5", arrays)
+    dataset = store.Dataset(tmp_path / "rows.h5")
+    np.testing.assert_array_equal(dataset.split("train").inputs, rows)
+    assert store.verify(tmp_path / "rows.h5").counts == {"train": 9, "test": 0}
+    with pytest.raises(DataError, match="no validation split; expected one of train, test"):
+        dataset.split("validation")
+
+
+def test_everything_that_does_not_fit_the_recipe_is_listed_at_once(tmp_path):
+    arrays = splits()
+    arrays["train"]["labels"][3] = 7
+    arrays["test"] = {"images": np.zeros((2, 5, 5, 1), np.uint8), "labels": np.zeros(2, np.int64)}
+    write(tmp_path / "odd.h5", arrays)
+    with pytest.raises(DataError) as caught:
+        store.check_fits(store.Dataset(tmp_path / "odd.h5"), RECIPE)
+    for words in ("train has labels from 0 to 7 where the recipe has 3 classes", "hpcai preprocess tiny",
+                  "test has examples of shape (5, 5, 1) where the recipe has (4, 3, 2)"):
+        assert words in str(caught.value)
+
+
+def test_class_names_of_another_number_do_not_fit(file):
+    with pytest.raises(DataError, match="it names 3 classes where the recipe has 4"):
+        store.check_fits(store.Dataset(file), RECIPE.override({"num_classes": "4"}))
+
+
+def run_python(text: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), *arguments], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_full_disk_leaves_the_old_file_whole(file):
+    before = file.read_bytes()
+    said = run_python("""
+        import resource, sys
+        from pathlib import Path
+        import numpy as np
+        from hpcai_cli.engine import store
+        from hpcai_cli.errors import HpcaiError
+        images = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        try:
+            store.write(Path(sys.argv[1]), {"train": {"images": images, "labels": np.zeros(2000, np.int64)}},
+                        recipe="tiny", class_names=("a", "b"), source_fingerprint="", options={})
+        except HpcaiError as error:
+            print(type(error).__name__, error.exit_code, error)
+        """, str(file))
+    assert said.startswith("HpcaiError 1 cannot write")
+    assert "what was there is unchanged" in said and "free some space" in said
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_type_that_the_file_does_not_hold_is_refused_and_leaves_nothing(tmp_path):
+    arrays = {"train": {"images": np.zeros((2, 3, 3, 1), np.complex64), "labels": np.zeros(2, np.int64)}}
+    with pytest.raises(HpcaiError, match="expected uint8, int64, float32.*complex64"):
+        write(tmp_path / "new.h5", arrays)
+    assert os.listdir(tmp_path) == []
+
+
+def test_resident_memory_stays_bounded_on_a_large_file(tmp_path):
+    """96 MiB are read in random order with 8 MiB as the bound: what stays mapped is far from the whole."""
+    said = run_python("""
+        import re, sys
+        from pathlib import Path
+        import numpy as np
+        from hpcai_cli.engine import store
+        store.RESIDENT_BYTES = 8 << 20
+        path, count = Path(sys.argv[1]), 1536
+        store.write(path, {"train": {"images": np.ones((count, 128, 128, 4), np.uint8),
+                                     "labels": np.zeros(count, np.int64)}},
+                    recipe="tiny", class_names=("a", "b"), source_fingerprint="", options={})
+        split = store.Dataset(path).split("train")
+        images, labels = np.empty((32, 128, 128, 4), np.uint8), np.empty(32, np.int64)
+        def resident():
+            status = Path("/proc/self/status").read_text()
+            return sum(int(re.search(rf"{name}:\\s+(\\d+) kB", status)[1]) for name in ("RssFile", "RssAnon")) >> 10
+        split.gather(np.arange(32), images, labels)
+        start = most = resident()
+        order, total = np.random.default_rng(0).permutation(count), 0
+        for first in range(0, count, 32):
+            rows = order[first:first + 32]
+            split.announce(rows)
+            split.gather(rows, images, labels)
+            total += int(images.sum(dtype=np.int64))
+            most = max(most, resident())
+        print(most - start, total == count * 128 * 128 * 4)
+        """, str(tmp_path / "large.h5"))
+    growth, read_all = said.split()
+    assert read_all == "True"
+    assert int(growth) < 24

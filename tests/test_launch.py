@@ -1,0 +1,87 @@
+"""What each launcher's variables say about this process's place."""
+
+import os
+
+import pytest
+
+from hpcai_cli import launch
+from hpcai_cli.launch import Place, place
+
+SLURM_STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4",
+              "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"}
+SBATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_TASKS_PER_NODE": "2(x2)",
+                 "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "2"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+HOROVODRUN = {"HOROVOD_RANK": "2", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(("variables", "where"), [
+    ({}, Place(0, 1, 0, 1, "")),
+    (HOROVODRUN, Place(2, 4, 0, 2, "horovodrun")),
+    (OPEN_MPI, Place(5, 8, 1, 4, "mpirun")),
+    (SLURM_STEP, Place(3, 4, 1, 2, "srun")),
+    ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "4"}, Place(3, 4, 1, 4, "srun")),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 2, 0, 2, "mpiexec")),
+    ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, Place(3, 4, 1, 2, "mpiexec")),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place(0, 1, 0, 1, "srun"))])
+def test_each_launcher(variables, where):
+    assert place(variables) == where
+
+
+def test_a_submitted_script_without_srun_is_alone():
+    assert place(SBATCH_SCRIPT) == Place()
+
+
+@pytest.mark.parametrize(("outer", "inner", "launcher"), [
+    (SLURM_STEP, HOROVODRUN, "horovodrun"), (SLURM_STEP, OPEN_MPI, "mpirun"), (SBATCH_SCRIPT, HOROVODRUN, "horovodrun"),
+    (OPEN_MPI, HOROVODRUN, "horovodrun")])
+def test_the_innermost_launcher_counts(outer, inner, launcher):
+    assert place({**outer, **inner}).launcher == launcher
+    assert place({**inner, **outer}) == place(inner)
+
+
+@pytest.mark.parametrize("garbage", ["", "x", "-1", " ", "None"])
+def test_garbage_is_no_place(garbage):
+    assert place({"HOROVOD_RANK": garbage, "HOROVOD_SIZE": "4"}) == Place()
+    assert place({"HOROVOD_RANK": "0", "HOROVOD_SIZE": garbage}) == Place()
+    assert place({**OPEN_MPI, "HOROVOD_RANK": garbage}).launcher == "mpirun"
+
+
+@pytest.mark.parametrize("half", ["HOROVOD_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"])
+def test_half_of_the_variables_is_no_place(half):
+    assert place({half: "1"}) == Place()
+
+
+def test_garbage_about_the_host_takes_all_ranks_to_be_here():
+    assert place({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "?"}) == Place(1, 2, 0, 2, "mpiexec")
+
+
+def test_one_of_several_refuses_to_start_several(hpcai, monkeypatch):
+    for name, value in SLURM_STEP.items():
+        monkeypatch.setenv(name, value)
+    done = hpcai("train", "mnist", "--np", 2)
+    assert done.exit_code == 2
+    assert done.stderr == ("[rank 3] error: srun has started 4 processes already; expected no --np; leave out --np 2, "
+                           "or start `hpcai` without srun; received: 2\n")
+
+
+def test_several_processes_need_horovod(hpcai, monkeypatch):
+    # Horovod may be installed here: only its absence is played.
+    monkeypatch.setattr(launch, "missing_package", lambda name: True)
+    done = hpcai("train", "mnist", "--np", 2)
+    assert done.exit_code == 4
+    assert "--np 2 needs Horovod" in done.stderr and "run `hpcai doctor --build-horovod`" in done.stderr
+
+
+@pytest.mark.parametrize("np", ["0", "-1", "two"])
+def test_a_number_of_processes_that_is_none(hpcai, np):
+    assert hpcai("train", "mnist", "--np", np).exit_code == 2
+
+
+def test_a_rank_leaves_its_process_id(monkeypatch, tmp_path):
+    monkeypatch.setenv("HPCAI_RANKS", str(tmp_path))
+    monkeypatch.setenv("HOROVOD_RANK", "3")
+    monkeypatch.setenv("HOROVOD_SIZE", "4")
+    launch.register()
+    assert (tmp_path / "3").read_text() == str(os.getpid())

@@ -1,0 +1,249 @@
+"""Real processes: two ranks under horovodrun and mpirun, signals, exact resume, failures of a rank."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HPCAI = str(Path(sys.executable).parent / "hpcai")
+HOROVODRUN = str(Path(sys.executable).parent / "horovodrun")
+
+needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
+needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+
+TINY = '''"""A small dense network on made-up images, without dropout or batch normalization."""
+
+from hpcai_cli.recipe import Recipe
+
+recipe = Recipe(name="tiny", summary="for tests", input_shape=(4, 4, 1), num_classes=3, epochs=4, batch_size=8,
+                learning_rate=0.01, learning_rate_scaling="none", validation_fraction=0.2,
+                options={"break_rank": -1, "dropout": 0.0})
+
+
+def sample():
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    labels = np.arange(123) % 3
+    images = (generator.random((123, 4, 4, 1)) * 60 + labels[:, None, None, None] * 60).astype(np.uint8)
+    return {"train": (images[:100], labels[:100]), "test": (images[100:], labels[100:])}
+
+
+def load(source):
+    return sample()
+
+
+def build_model(recipe):
+    import os
+
+    import keras
+
+    if os.environ.get("HOROVOD_RANK") == str(recipe.options["break_rank"]):
+        raise RuntimeError("this rank was told to break")
+    return keras.Sequential([
+        keras.Input(recipe.input_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+        keras.layers.Dense(16, activation="relu"), keras.layers.Dropout(recipe.options["dropout"]),
+        keras.layers.Dense(3)])
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with the recipe in it, and the environment that Open MPI needs to run as root."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPCAI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    return tmp_path
+
+
+def run(*command, timeout=120):
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def last_arrays(run_folder):
+    newest = sorted((Path(run_folder) / "checkpoints").glob("step-*"))[-1]
+    with np.load(newest / "arrays.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def assert_same_bits(one, other):
+    first, second = last_arrays(one), last_arrays(other)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@needs_horovod
+def test_two_processes_equal_one_at_twice_the_batch(folder):
+    alone = run(HPCAI, "train", "./tiny.py", "--output", "alone", "--batch-size", "16", "--json")
+    both = run(HPCAI, "train", "./tiny.py", "--output", "both", "--np", "2", "--json")
+    assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
+    one, two = json.loads(alone.stdout), json.loads(both.stdout)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["steps"] == two["steps"]
+    # 80 training examples are no multiple of 16 x 2 x anything here: the last step is padded, its mean still exact.
+    weights = [name for name in last_arrays("alone") if name.startswith("model")]
+    for name in weights:
+        np.testing.assert_allclose(last_arrays("both")[name], last_arrays("alone")[name], rtol=1e-4, atol=1e-5)
+    assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-4)
+
+
+@needs_horovod
+def test_evaluate_gives_the_same_numbers_for_one_and_two_processes(folder):
+    assert run(HPCAI, "train", "./tiny.py", "--output", "done").returncode == 0
+    one = run(HPCAI, "evaluate", "done", "--json")
+    two = run(HPCAI, "evaluate", "done", "--json", "--np", "2", "--require", "accuracy>=0")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    first, second = json.loads(one.stdout), json.loads(two.stdout)
+    assert first["examples"] == second["examples"] == 23
+    assert first["confusion"] == second["confusion"]
+    for name, value in first["metrics"].items():
+        assert second["metrics"][name] == pytest.approx(value, rel=1e-6), name
+    failed = run(HPCAI, "evaluate", "done", "--np", "2", "--require", "accuracy>=1.5")
+    assert failed.returncode == 5
+    assert failed.stderr.count("error:") == 1
+
+
+@needs_horovod
+@needs_mpirun
+def test_horovodrun_and_mpirun_from_outside_give_the_same_weights(folder):
+    outside = run(HOROVODRUN, "-np", "2", "--gloo", "--disable-cache", HPCAI, "train", "./tiny.py", "--output", "h")
+    mpi = run("mpirun", "-np", "2", "--oversubscribe", HPCAI, "train", "./tiny.py", "--output", "m", "--json")
+    assert (outside.returncode, mpi.returncode) == (0, 0), outside.stderr + mpi.stderr
+    # Rank 0 alone writes stdout, so that under mpirun too it is one JSON document.
+    assert json.loads(mpi.stdout)["world_size"] == 2
+    assert_same_bits("h", "m")
+
+
+@needs_horovod
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGUSR1),
+                                                   (2, signal.SIGINT)])
+def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(folder, processes, number):
+    common = ["./tiny.py", "--np", str(processes), "--epochs", "100", "--set", "dropout=0.3"]
+    stopped = subprocess.Popen([HPCAI, "train", *common, "--output", "stopped"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    events = folder / "stopped" / "events.jsonl"
+    wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 4, stopped)
+    stopped.send_signal(number)
+    output, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, errors
+    assert output == ""
+    assert "hpcai train --resume stopped" in errors
+    assert not (folder / "stopped" / "failure.json").exists()
+    assert json.loads(events.read_text().splitlines()[-1])["event"] == "stopped"
+
+    resumed = run(HPCAI, "train", "--resume", "stopped", "--np", str(processes))
+    whole = run(HPCAI, "train", *common, "--output", "whole")
+    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
+    assert_same_bits("stopped", "whole")
+
+
+@needs_horovod
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_loss_that_is_no_number_ends_the_job_once_with_exit_code_6(folder, processes):
+    done = run(HPCAI, "train", "./tiny.py", "--np", processes, "--set", "optimizer=sgd", "--learning-rate", "1e38",
+               "--output", "nan")
+    assert done.returncode == 6
+    assert done.stderr.count("error:") == 1
+    assert "at step" in done.stderr
+    failure = json.loads((folder / "nan" / "failure.json").read_text())
+    assert (failure["exit_code"], failure["kind"]) == (6, "DivergedError")
+
+
+@needs_horovod
+def test_the_first_failing_rank_is_named(folder):
+    done = run(HPCAI, "train", "./tiny.py", "--np", "2", "--set", "break_rank=1", "--output", "broken")
+    assert done.returncode == 2
+    assert "[rank 1] error: recipe tiny: build_model fails" in done.stderr
+    failure = json.loads((folder / "broken" / "failure.json").read_text())
+    assert failure["rank"] == 1
+    assert "told to break" in failure["message"]
+
+
+@needs_horovod
+def test_a_rank_that_is_killed_fails_the_job(folder):
+    job = subprocess.Popen([HPCAI, "train", "./tiny.py", "--np", "2", "--epochs", "100000", "--output", "killed"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    events = folder / "killed" / "events.jsonl"
+    wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job)
+    os.kill(process_of_rank(1, str(folder)), signal.SIGKILL)
+    _, errors = job.communicate(timeout=90)
+    assert job.returncode == 1, errors
+    assert json.loads((folder / "killed" / "failure.json").read_text())["exit_code"] == 1
+
+
+@needs_horovod
+def test_ranks_with_different_weights_are_found(folder):
+    (folder / "apart.py").write_text("""
+import sys
+import keras
+from hpcai_cli.engine.distributed import prove_in_step, start
+from hpcai_cli.errors import DivergedError
+ranks = start()
+same, apart = keras.Variable([1.0, 2.0]), keras.Variable([1.0, 2.0 + 1e-7 * ranks.rank * 4])
+prove_in_step(ranks, [same], when="before")
+try:
+    prove_in_step(ranks, [same, apart], when="now")
+except DivergedError as error:
+    assert "[1]" in str(error) and "now" in str(error), error
+    ranks.broadcast([apart])
+    prove_in_step(ranks, [same, apart], when="after the broadcast")
+    ranks.stop()
+    sys.exit(0)
+sys.exit("nothing was found")
+""")
+    done = run(HOROVODRUN, "-np", "2", "--gloo", "--disable-cache", sys.executable, "apart.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("launcher", [
+    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+    {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}])
+def test_one_of_two_that_finds_itself_alone_refuses_to_train(folder, monkeypatch, launcher):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    done = run(HPCAI, "train", "./tiny.py", "--output", "alone")
+    assert done.returncode == 4
+    assert "--build-horovod" in done.stderr
+    assert not (folder / "alone").exists()
+
+
+def test_np_without_horovod_is_an_error(folder, tmp_path):
+    # A Python that cannot see Horovod: the real check, in a real process, with the package hidden from the import.
+    hidden = ("import sys; sys.modules['horovod'] = None; sys.argv = ['hpcai', 'train', './tiny.py', '--np', '4'];"
+              "from hpcai_cli.main import main; main()")
+    done = run(sys.executable, "-c", hidden)
+    assert done.returncode == 4
+    assert "hpcai doctor --build-horovod" in done.stderr
+    assert not (folder / "runs").exists()
+
+
+def process_of_rank(rank, folder):
+    """Return the process id of a rank that works in the folder, by its environment."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            here = os.readlink(entry / "cwd")
+        except OSError:
+            continue
+        if f"HOROVOD_RANK={rank}".encode() in environment and HPCAI.encode() in words[:2] and here == folder:
+            return int(entry.name)
+    raise AssertionError("no such rank")
+
+
+def wait_until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
