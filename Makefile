@@ -24,7 +24,8 @@ format: .venv/test  ## sort imports and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 
 bench: .venv/test horovod  ## measure the speed claims of the README, about 25 minutes
-	$(BIN)/python -m hpcai_cli.engine.benchmarks
+	test -e data/mnist.h5 || $(BIN)/hpcai preprocess mnist
+	$(BIN)/hpcai benchmark
 
 wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it
 	$(BIN)/python -m pytest tests/wheel_check.py

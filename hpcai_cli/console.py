@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from hpcai_cli import launch
@@ -127,8 +127,8 @@ class Progress:
             if self._stream is not None:
                 self._bar, self._task = _bar(self._stream, description, total)
 
-    def update(self, completed: int, text: str = "") -> None:
-        """Set how many units are done, and a short text such as the loss so far."""
+    def update(self, completed: int, text: Callable[[], str] = str) -> None:
+        """Set how many units are done; `text` gives a short text such as the loss so far, when one is drawn."""
         self._completed = completed
         if self._silent:
             return
@@ -137,11 +137,11 @@ class Progress:
             # Ten pictures a second are enough for the eye and keep the drawing out of the training step's time.
             if now - self._last_draw >= 0.1 or completed == self._total:
                 self._last_draw = now
-                self._bar.update(self._task, completed=completed, text=f"{text}  {self._rate()}", refresh=True)
+                self._bar.update(self._task, completed=completed, text=f"{text()}  {self._rate()}", refresh=True)
         elif now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
             share = f" {100 * completed / self._total:.0f} %" if self._total else ""
-            print(f"{self._description}{share} {text} {self._rate()}", file=sys.stderr, flush=True)
+            print(f"{self._description}{share} {text()} {self._rate()}", file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
         """Print a line that stays, above the bar."""

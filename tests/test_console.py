@@ -23,7 +23,7 @@ console.PLAIN_SECONDS = 0.0
 console.note("a note")
 with console.progress("reading", total=4, unit="images") as shown:
     for done in range(1, 5):
-        shown.update(done, "loss 0.5")
+        shown.update(done, lambda: "loss 0.5")
         shown.line(f"line {done}")
 console.table("Scores", ("metric", "value"), [("accuracy", 0.98765), ("examples", 10_000)])
 console.result("a result")
@@ -104,6 +104,18 @@ def test_rank_0_draws_on_the_terminal_that_a_launcher_hides():
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_a_reader_who_has_gone_changes_no_exit_code():
+    code = ("from hpcai_cli import console\n"
+            "console.table('Scores', ('metric',), [('accuracy',)])\n"
+            "raise SystemExit(5 if console.result('more') else 6)")
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    with os.fdopen(ours, "w") as stdout:
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, timeout=60,
+                              check=False)
+    assert (done.returncode, done.stderr) == (5, b"")
 
 
 # ---- Who -----------------------------------------------------------------------------------------------------------

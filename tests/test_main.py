@@ -48,7 +48,7 @@ def failing(hpcai):
 @pytest.mark.parametrize(("line", "words"), [
     ("frobnicate", "No such command 'frobnicate'"), ("trian mnist", "Did you mean 'train'?"),
     ("train --bogus", "No such option: --bogus"), ("train mnist --epochs", "requires an argument"),
-    ("train mnist --epochs many", "not a valid int"), ("train mnist mnist", "unexpected extra argument"),
+    ("train mnist --epochs many", "Invalid value for '--epochs'"), ("train mnist mnist", "unexpected extra argument"),
     ("recipes frobnicate", "No such command"), ("evaluate", "Missing argument"), ("--bogus", "No such option"),
     ("train", "train needs a recipe"), ("train mnits", "did you mean `mnist`"),
     ("train mnist --set epochs", "expected key=value"), ("train mnist --set epoch=3", "perhaps 'epochs'"),
@@ -149,15 +149,6 @@ def test_a_closed_pipe_is_no_failure(reader):
                           capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == ("Handwritten digits with a convolutional network.\n" if reader == "head -1" else "")
-
-
-def test_a_closed_pipe_hides_no_failure(failing):
-    failing("ValueError('wet')")
-    command = f"'{HPCAI}' recipes show mnist --json; '{HPCAI}' preprocess ./failing.py --source source --output out.h5"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {{ {command}; }} | true"], capture_output=True, text=True,
-                          timeout=60, check=False)
-    assert done.returncode == 1
-    assert "unexpected failure: ValueError: wet" in done.stderr
 
 
 def test_stdout_on_a_full_disk_is_a_failure():

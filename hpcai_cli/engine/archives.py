@@ -115,8 +115,8 @@ def _unpack_one(archive: Path, folder: Path, budget: _Budget) -> None:
         if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             members = _zip_members(_BoundedStream(file, budget.limit))
         else:
-            decompress = next((opener for magic, opener in _COMPRESSIONS.items() if head.startswith(magic)), None)
-            members = _tar_members(_BoundedStream(decompress(file) if decompress else file, budget.limit), head)
+            plain = next((opener(file) for magic, opener in _COMPRESSIONS.items() if head.startswith(magic)), file)
+            members = _tar_members(_BoundedStream(plain, budget.limit), head)
         for name, kind, opened in members:
             budget.take(members=1)
             path = _safe_path(name, folder)

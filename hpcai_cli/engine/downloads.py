@@ -136,33 +136,26 @@ def _cache_entry(cache: Path, key: str) -> Iterator[Path]:
 def _fetch(url: str, target: Path, *, sha256: str, limit: int) -> None:
     """Fetch one file, resuming what an earlier call left, verify it, and only then put it in its place.
 
-    Args:
-        sha256: of the content, of the unpacked content where the target's name ends in .gz. A target that has it
-            already is not fetched again. Empty takes whatever comes.
-        limit: largest size in bytes that is accepted.
+    The checksum is of the content, of the unpacked one where the target's name ends in .gz; a target that has it is
+    not fetched again. Empty takes whatever comes. The limit is in bytes.
     """
-    gzipped, part = target.suffix == ".gz", target.with_name(f"{target.name}.part")
-    if sha256 and target.is_file() and _content_sha256(target, gzipped) == sha256:
+    part = target.with_name(f"{target.name}.part")
+    if sha256 and target.is_file() and _has_checksum(target, sha256, target.suffix):
         return
     _receive_patiently(url, part, limit=limit, checked=bool(sha256))
-    found = _content_sha256(part, gzipped) if sha256 else ""
-    if found == sha256:
-        os.replace(part, target)
+    if sha256 and not _has_checksum(part, sha256, target.suffix):
+        _discard(part)
+        raise _Unfetched(f"its file is broken or another one: its checksum is not {sha256[:12]}...")
+    os.replace(part, target)
     _discard(part)
-    if found != sha256:
-        raise _Unfetched(f"its file has the checksum {found[:12]}..., expected {sha256[:12]}..." if found else
-                         "its file is a broken gzip file")
 
 
-def _content_sha256(path: Path, gzipped: bool) -> str:
-    """Return the SHA-256 of the content, unpacked where it should be and is gzipped; "" for a broken gzip stream."""
-    with open(path, "rb") as file:
-        gzipped = gzipped and file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        try:
-            return stream_sha256(gzip.open(file) if gzipped else file)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            return ""
+def _has_checksum(path: Path, sha256: str, suffix: str) -> bool:
+    try:
+        with (gzip.open if suffix == ".gz" else open)(path, "rb") as file:
+            return stream_sha256(file) == sha256
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return False
 
 
 def _receive_patiently(url: str, part: Path, *, limit: int, checked: bool) -> None:
@@ -214,7 +207,7 @@ def _receive(url: str, part: Path, *, limit: int, checked: bool) -> None:
 
 
 def _record(part: Path) -> Path:
-    """Where the address and the version stand that the bytes of a partial file belong to."""
+    """Return the file that tells from which address and version a partial file is."""
     return part.with_name(f"{part.name}.from")
 
 

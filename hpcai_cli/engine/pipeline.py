@@ -11,6 +11,9 @@ import numpy as np
 
 from hpcai_cli.engine.store import Split
 
+BLOCK_BYTES = 512 << 10
+"""How much is gathered at a time; it stays in the processor's second-level cache until it is used."""
+
 
 @dataclass
 class Batch:
@@ -56,37 +59,42 @@ class Pipeline:
         self.global_batch_size = batch_size * size
         # Every rank runs this many steps, or the collective operations would wait for ever.
         self.steps_per_epoch = -(-len(split) // self.global_batch_size)
-
-    def steps_left(self, cursor: int) -> int:
-        """Return the number of steps from the cursor to the end of the epoch."""
-        return -(-(len(self._split) - cursor) // self.global_batch_size)
+        # Small batches are gathered several at a time: one by one, Python would cost more than the copying.
+        row_bytes = split.inputs.dtype.itemsize * int(np.prod(split.inputs.shape[1:], dtype=np.int64))
+        self._block = max(1, BLOCK_BYTES // max(1, row_bytes * batch_size))
 
     def batches(self, epoch: int, cursor: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of the epoch from the cursor on; all have the same shape, the last is padded."""
         order = epoch_order(len(self._split), seed=self._seed, epoch=epoch)
-        size = self.batch_size
-        inputs = np.empty((size, *self._split.inputs.shape[1:]), self._split.inputs.dtype)
-        labels = np.empty(size, np.int64)
-        full = np.full(size, 1 / size, np.float32)
-        while cursor < len(order):
-            rows = self._rows(order, cursor)
-            self._split.announce(self._rows(order, cursor + self.global_batch_size))
-            examples = min(self.global_batch_size, len(order) - cursor)
-            weights = full
-            if len(rows) < size:
-                weights = np.zeros(size, np.float32)
-                weights[:len(rows)] = self._size / examples
-                # Padding repeats examples that exist, so that it disturbs no statistics; its weight is 0.
-                rows = np.resize(rows if len(rows) else order[:1], size)
-            elif examples < self.global_batch_size:
-                weights = np.full(size, self._size / examples, np.float32)
-            self._split.gather(rows, inputs, labels)
-            cursor += examples
-            yield Batch(inputs, labels, weights, cursor)
+        size, step = self.batch_size, self.global_batch_size
+        inputs = np.empty((self._block * size, *self._split.inputs.shape[1:]), self._split.inputs.dtype)
+        labels = np.empty(self._block * size, np.int64)
+        weights = np.full(size, 1 / size, np.float32)
+        for start in range(cursor, len(order) - step + 1, self._block * step):
+            rows = self._rows(order, start)
+            self._split.announce(self._rows(order, start + self._block * step))
+            self._split.gather(rows, inputs[:len(rows)], labels[:len(rows)])
+            for first in range(0, len(rows), size):
+                cursor += step
+                yield Batch(inputs[first:first + size], labels[first:first + size], weights, cursor)
+        if cursor < len(order):
+            yield self._last(order, cursor, inputs[:size], labels[:size])
 
-    def _rows(self, order: np.ndarray, cursor: int) -> np.ndarray:
+    def _rows(self, order: np.ndarray, start: int) -> np.ndarray:
+        """Return this rank's rows of the next block of whole steps."""
+        steps = min(self._block, max(0, len(order) - start) // self.global_batch_size)
+        block = order[start:start + steps * self.global_batch_size]
+        return block.reshape(steps, self._size, self.batch_size)[:, self._rank].ravel()
+
+    def _last(self, order: np.ndarray, cursor: int, inputs: np.ndarray, labels: np.ndarray) -> Batch:
+        """Return the batch of the last step, which is not whole: some ranks have less to do, but none does nothing."""
         start = cursor + self._rank * self.batch_size
-        return order[start:start + self.batch_size]
+        rows = order[start:start + self.batch_size]
+        weights = np.zeros(self.batch_size, np.float32)
+        weights[:len(rows)] = self._size / (len(order) - cursor)
+        # Padding repeats examples that exist, so that it disturbs no statistics; its weight is 0.
+        self._split.gather(np.resize(rows if len(rows) else order[:1], self.batch_size), inputs, labels)
+        return Batch(inputs, labels, weights, len(order))
 
 
 def shard(count: int, *, rank: int, size: int) -> tuple[int, int]:

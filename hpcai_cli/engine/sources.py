@@ -99,21 +99,15 @@ def _existing_path(source: str) -> Path:
 
 def _nothing_there(path: Path, source: str) -> DataError:
     """Name what is near a path that does not exist."""
-    parent, name = path.parent, path.name
-    while not parent.is_dir():
-        parent, name = parent.parent, parent.name
-    try:
-        names = sorted(os.listdir(parent))
-    except OSError:
-        names = []
+    parent = next(folder for folder in path.parents if folder.is_dir())
+    name = path.relative_to(parent).parts[0]
+    names = sorted(os.listdir(parent)) if os.access(parent, os.R_OK) else []
     # A bare word may be a misspelt one of the two that name no path.
     words = ["download", "sample"] if path.name == source else []
-    close = difflib.get_close_matches(name, names + words, n=3, cutoff=0.5)
-    shown = ", ".join([known for known in close if known in names] or names[:5]) or "nothing"
-    mend = f"`--source {close[0] if close[0] in words else shlex.quote(str(parent / close[0]))}`" if close else \
-        "`--source download` or `--source sample`"
-    return DataError(f"there is no {name} in {parent}, but {shown}", expected="a folder, an archive or an address",
-                     mend=f"use {mend}", received=source)
+    close = difflib.get_close_matches(name, names + words, n=1, cutoff=0.5)
+    mends = [f"`--source {found if found in words else shlex.quote(str(parent / found))}`" for found in close]
+    return DataError(f"there is no {name} in {parent}", expected="a folder, an archive or an address", received=source,
+                     mend=f"use {mends[0] if mends else '`--source download` or `--source sample`'}")
 
 
 @contextmanager

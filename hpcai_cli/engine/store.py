@@ -28,8 +28,10 @@ CHUNK_BYTES = 8 << 20
 """How much is copied or hashed at a time: memory stays flat however large the file is."""
 RESIDENT_BYTES = 256 << 20
 """Mapped pages that a reader keeps before it gives them back; the kernel's page cache still has them."""
-PAGES_AROUND = 64 << 10
-"""The kernel maps this much around a page that is touched (fault-around)."""
+ATTRIBUTE_BYTES = 32 << 10
+"""Longer texts are cut: HDF5 holds 64 KiB in an attribute."""
+MOST_EXPANSION = 2000
+"""A packed dataset that says it is larger by more than this is a bomb; deflate reaches 1032."""
 TYPES = ("uint8", "int64", "float32")
 
 
@@ -95,7 +97,7 @@ def _fill(path: Path, splits, recipe, class_names, source_fingerprint, options) 
         train = splits["train"]
         inputs = next(name for name in train if name != "labels")
         fingerprint = hashlib.sha256(json.dumps([digests, list(class_names)], sort_keys=True).encode()).hexdigest()
-        file.attrs.update({
+        write_attributes(file, {
             "format": FORMAT, "version": VERSION, "recipe": recipe, "inputs": inputs, "fingerprint": fingerprint,
             "class_names": json.dumps(class_names), "source_fingerprint": source_fingerprint,
             "options": json.dumps(options, sort_keys=True),
@@ -124,9 +126,43 @@ def _write_array(file: h5py.File, name: str, array: np.ndarray) -> str:
         block = np.ascontiguousarray(array[start:stop])
         dataset[start:stop] = block
         digest.update(block)
-    dataset.attrs["sha256"] = digest.hexdigest()
-    dataset.attrs["valid_rows"] = len(array)
+    write_attributes(dataset, {"sha256": digest.hexdigest(), "valid_rows": len(array)})
     return digest.hexdigest()
+
+
+def write_attributes(item: h5py.HLObject, values: Mapping[str, str | int]) -> None:
+    """Write attributes as `_text` reads them: texts of fixed size, since HDF5 follows a damaged pointer of one of
+    variable size into a crash."""
+    for name, value in values.items():
+        content = value.encode() if isinstance(value, str) else None
+        if content is None:
+            item.attrs[name] = value
+            continue
+        for number, start in enumerate(range(0, max(1, len(content)), ATTRIBUTE_BYTES)):
+            piece = content[start:start + ATTRIBUTE_BYTES]
+            item.attrs.create(_piece(name, number), piece, dtype=h5py.string_dtype("utf-8", max(1, len(piece))))
+
+
+def _piece(name: str, number: int) -> str:
+    return f"{name}.{number}" if number else name
+
+
+def _text(item: h5py.HLObject, name: str) -> str:
+    pieces = []
+    while not pieces or _piece(name, len(pieces)) in item.attrs:
+        place = _piece(name, len(pieces))
+        kind = item.attrs.get_id(place)
+        if kind.dtype.kind != "S" or kind.shape != ():
+            raise ValueError(f"attribute {place} is no text of fixed size")
+        pieces.append(bytes(item.attrs[place]))
+    return b"".join(pieces).decode()
+
+
+def _number(item: h5py.HLObject, name: str) -> int:
+    kind = item.attrs.get_id(name)
+    if kind.dtype.kind not in "iu" or kind.shape != ():
+        raise ValueError(f"attribute {name} is no whole number")
+    return int(item.attrs[name])
 
 
 def _chunks(array):
@@ -159,8 +195,8 @@ class Split:
         self.inputs, self.labels = inputs, labels
         self._pages, self._offset = pages, offset
         self._row_bytes = inputs.dtype.itemsize * int(np.prod(inputs.shape[1:], dtype=np.int64))
-        self._resident = 0
         self._large = inputs.nbytes > RESIDENT_BYTES
+        self._floor = _mapped_bytes() if self._large else 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -177,7 +213,7 @@ class Split:
         np.take(self.inputs, rows, axis=0, out=inputs_out, mode="clip")
         np.take(self.labels, rows, axis=0, out=labels_out, mode="clip")
         if self._large:
-            self._release(len(rows))
+            self._release()
 
     def announce(self, rows: np.ndarray) -> None:
         """Tell the kernel which rows come next, so that a file larger than memory is read ahead of its use."""
@@ -188,12 +224,18 @@ class Split:
             start = self._offset + int(row) * self._row_bytes
             self._pages.madvise(mmap.MADV_WILLNEED, start // page * page, start % page + self._row_bytes)
 
-    def _release(self, rows: int) -> None:
-        self._resident += rows * max(self._row_bytes, PAGES_AROUND)
-        if self._resident > RESIDENT_BYTES:
+    def _release(self) -> None:
+        # Measured, not counted: for one page that is touched the kernel maps up to 2 MiB around it (large folios).
+        if _mapped_bytes() - self._floor > RESIDENT_BYTES:
             # Resident memory grows with the batch, not with the file: the pages stay cached, only unmapped.
             self._pages.madvise(mmap.MADV_DONTNEED)
-            self._resident = 0
+            self._floor = _mapped_bytes()
+
+
+def _mapped_bytes() -> int:
+    """Return how much of this process's memory is pages of files, the libraries' among them."""
+    with open("/proc/self/statm", "rb") as stream:
+        return int(stream.read().split()[2]) * mmap.PAGESIZE
 
 
 class Dataset:
@@ -210,10 +252,12 @@ class Dataset:
     def __init__(self, path: Path):
         self.path = Path(path)
         with _opened(self.path) as file:
-            self.recipe = str(file.attrs["recipe"])
-            self.fingerprint = str(file.attrs["fingerprint"])
-            self.inputs_name = str(file.attrs["inputs"])
+            self.recipe = _text(file, "recipe")
+            self.fingerprint = _text(file, "fingerprint")
+            self.inputs_name = _text(file, "inputs")
             self.class_names = tuple(_json(file, "class_names", list))
+            if not all(isinstance(name, str) for name in self.class_names):
+                raise ValueError("attribute class_names holds something else than names")
             self.statistics = _json(file, "statistics", dict)
             places = {}
             for name in _split_names(file):
@@ -264,10 +308,10 @@ def verify(path: Path) -> Report:
                     digest.update(np.ascontiguousarray(item[start:stop]))
                 total += item.size * item.dtype.itemsize
                 digests[f"{split}/{kind}"] = digest.hexdigest()
-                if digest.hexdigest() != item.attrs.get("sha256"):
+                if digest.hexdigest() != _text(item, "sha256"):
                     raise _broken(path, f"the checksum of {split}/{kind} does not match its content")
         options = _json(file, "options", dict)
-        source = str(file.attrs["source_fingerprint"])
+        source = _text(file, "source_fingerprint")
     names = list(dataset.class_names)
     if hashlib.sha256(json.dumps([digests, names], sort_keys=True).encode()).hexdigest() != dataset.fingerprint:
         raise _broken(path, "the fingerprint does not match the content")
@@ -291,6 +335,8 @@ def check_fits(dataset: Dataset, recipe: Recipe) -> None:
         elif int(split.labels.min()) < 0 or int(split.labels.max()) >= recipe.num_classes:
             problems.append(f"{name} has labels from {split.labels.min()} to {split.labels.max()} where the recipe has "
                             f"{recipe.num_classes} classes")
+    if len(dataset.class_names) != recipe.num_classes:
+        problems.append(f"it names {len(dataset.class_names)} classes where the recipe has {recipe.num_classes}")
     if recipe.early_stopping_patience and "validation" not in dataset.splits:
         problems.append("it has no validation split for early_stopping_patience to look at")
     if problems:
@@ -307,12 +353,13 @@ def _opened(path: Path):
     try:
         # Locking is off: network file systems often lack it, and a finished file never changes.
         with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") != FORMAT:
+            if "format" not in file.attrs or _text(file, "format") != FORMAT:
                 raise DataError("an HDF5 file, but not one that hpcai wrote", expected="a dataset file",
                                 mend="run `hpcai preprocess` to make one", received=str(path))
-            if file.attrs.get("version") != VERSION:
+            version = _number(file, "version")
+            if version != VERSION:
                 raise DataError("a dataset file of another version", expected=f"version {VERSION}",
-                                mend="write it again with `hpcai preprocess`", received=file.attrs.get("version"))
+                                mend="write it again with `hpcai preprocess`", received=version)
             yield file
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _broken(path, str(error)) from None
@@ -324,7 +371,7 @@ def _broken(path: Path, why: str) -> DataError:
 
 
 def _json(file: h5py.File, name: str, kind: type):
-    value = json.loads(file.attrs[name])
+    value = json.loads(_text(file, name))
     if not isinstance(value, kind):
         raise ValueError(f"attribute {name} is not a {kind.__name__}")
     return value
@@ -349,6 +396,8 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
         raise _broken(path, f"{name} has the type {item.dtype}")
     stored = item.id.get_offset()
     size = int(np.prod([int(dim) for dim in item.shape], dtype=object)) * item.dtype.itemsize
-    if stored is not None and stored + size > path.stat().st_size:
+    there = path.stat().st_size
+    # Without a place in the file it is packed in chunks, or has no data at all, and reading would make the zeros up.
+    if size > there * MOST_EXPANSION if stored is None else stored + size > there:
         raise _broken(path, f"{name} says it is longer than the file")
     return item

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import keras
@@ -40,7 +40,7 @@ class Job:
 
 
 @dataclass
-class _Progress:
+class Position:
     """Where the training is; what a checkpoint holds beside the arrays."""
 
     step: int = 0
@@ -54,7 +54,7 @@ class _Progress:
 class _Meter:
     """Sums the epoch's loss and right answers, one step behind, so that an accelerator never waits for Python."""
 
-    def __init__(self, at: _Progress):
+    def __init__(self, at: Position):
         self._at, self._pending = at, None
         self.stop_asked = False
 
@@ -100,7 +100,7 @@ def train(job: Job, *, resume: bool) -> dict:
     optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=ranks.size)
     optimizer.build(model.trainable_variables)
     # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
-    at = _Progress(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
+    at = Position(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
     ranks.broadcast([*model.variables, *optimizer.variables])
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
@@ -114,29 +114,24 @@ def train(job: Job, *, resume: bool) -> dict:
     # ---- Train.
     total = len(split) * recipe.epochs
     with console.progress("training", total=total, unit="images", done=at.epoch * len(split) + at.cursor) as shown:
+        def after_step() -> None:
+            if at.step == 1:
+                # The second proof: gradients really are averaged, or the first step sets the ranks apart.
+                prove_in_step(ranks, weights, when="after the first step")
+            shown.update(at.epoch * len(split) + at.cursor, lambda: _status(recipe, at))
+
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
-            meter, epoch_started, cursor_started = _Meter(at), time.monotonic(), at.cursor
-            for batch in pipeline.batches(at.epoch, at.cursor):
-                sums = step(*_tensors(batch), tf.constant([recipe.seed, at.step * ranks.size + ranks.rank], tf.int32),
-                            tf.constant(float(bool(job.stop.received))))
-                at.step += 1
-                examples, at.cursor = batch.cursor - at.cursor, batch.cursor
-                meter.add(sums, at.step, examples)
-                if at.step == 1:
-                    # The second proof: gradients really are averaged, or the first step sets the ranks apart.
-                    prove_in_step(ranks, weights, when="after the first step")
-                shown.update(at.epoch * len(split) + at.cursor, _status(recipe, at))
-                if meter.stop_asked and at.cursor < len(split):
-                    meter.flush()
-                    _save(job, at, model, optimizer, weights)
-                    _raise_stopped(job, at)
-            meter.flush()
+            epoch_started, cursor_started = time.monotonic(), at.cursor
+            stop_asked = run_steps(job, at, step, pipeline.batches(at.epoch, at.cursor), after_step)
+            if stop_asked and at.cursor < len(split):
+                _save(job, at, model, optimizer, weights)
+                _raise_stopped(job, at)
             row = _finish_epoch(job, at, optimizer, validate,
                                 seconds=time.monotonic() - epoch_started, examples=at.cursor - cursor_started)
             board.write(row, at.step)
             _save(job, at, model, optimizer, weights)
             shown.line(_sentence(recipe, row))
-            if (meter.stop_asked or _anyone_stopped(job)) and at.epoch < recipe.epochs:
+            if (stop_asked or _anyone_stopped(job)) and at.epoch < recipe.epochs:
                 _raise_stopped(job, at)
 
     # ---- Choose the best epoch, judge it on the test split, write the result.
@@ -146,6 +141,27 @@ def train(job: Job, *, resume: bool) -> dict:
         on_rank_zero(ranks, lambda: restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
         ranks.broadcast(model.variables)
     return _finish(job, at, model, seconds=time.monotonic() - started)
+
+
+def run_steps(job: Job, at: Position, step: Callable, batches: Iterable[Batch], after_step: Callable) -> bool:
+    """Feed the batches to the compiled step, and return whether any rank was asked to stop.
+
+    Raises:
+        DivergedError: the loss is no number.
+    """
+    meter = _Meter(at)
+    for batch in batches:
+        # The seed differs for each step and rank, and depends on nothing else, so that resuming repeats it.
+        seed = tf.constant([job.recipe.seed % 2**31, at.step * job.ranks.size + job.ranks.rank], tf.int32)
+        sums = step(*_tensors(batch), seed, tf.constant(float(bool(job.stop.received))))
+        at.step += 1
+        examples, at.cursor = batch.cursor - at.cursor, batch.cursor
+        meter.add(sums, at.step, examples)
+        after_step()
+        if meter.stop_asked:
+            break
+    meter.flush()
+    return meter.stop_asked
 
 
 def _tensors(batch: Batch) -> tuple[tf.Tensor, ...]:
@@ -174,7 +190,7 @@ def _validator(job: Job, model) -> Callable[[], tuple[float, float] | None]:
         evaluation.logits(run_forward, split, job.ranks, num_classes=job.recipe.num_classes), split.labels)
 
 
-def _finish_epoch(job: Job, at: _Progress, optimizer, validate, *, seconds: float, examples: int) -> dict:
+def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float, examples: int) -> dict:
     """Close the epoch's accounts: history, the best epoch so far, the position of the next."""
     count = len(job.dataset.split("train"))
     row = {"epoch": at.epoch + 1, "loss": at.sums[0] / count, "accuracy": at.sums[1] / count}
@@ -193,12 +209,12 @@ def _finish_epoch(job: Job, at: _Progress, optimizer, validate, *, seconds: floa
     return row
 
 
-def _out_of_patience(recipe: Recipe, at: _Progress) -> bool:
+def _out_of_patience(recipe: Recipe, at: Position) -> bool:
     patience = recipe.early_stopping_patience
     return bool(patience and at.best and at.epoch - at.best["epoch"] >= patience)
 
 
-def _save(job: Job, at: _Progress, model, optimizer, weights) -> None:
+def _save(job: Job, at: Position, model, optimizer, weights) -> None:
     """Prove that the ranks are in step, then let rank 0 write the checkpoint."""
     prove_in_step(job.ranks, weights, when=f"at the checkpoint of step {at.step}")
 
@@ -216,14 +232,14 @@ def _anyone_stopped(job: Job) -> bool:
     return bool(job.ranks.gather(np.array([bool(job.stop.received)])).any())
 
 
-def _raise_stopped(job: Job, at: _Progress) -> None:
+def _raise_stopped(job: Job, at: Position) -> None:
     signals = job.stop.received or "a signal on another rank"
     _event(job, "stopped", step=at.step, signal=signals)
     raise StoppedEarly(f"stopped by {signals} after step {at.step}; the checkpoint is written",
                        mend=f"continue with `hpcai train --resume {job.run.folder}`")
 
 
-def _finish(job: Job, at: _Progress, model, *, seconds: float) -> dict:
+def _finish(job: Job, at: Position, model, *, seconds: float) -> dict:
     """Evaluate the chosen weights on the test split, write model.keras and result.json."""
     metrics = {}
     last = at.history[-1] if at.history else {}
@@ -270,7 +286,7 @@ def _event(job: Job, kind: str, **values) -> None:
         job.run.event(kind, **values)
 
 
-def _status(recipe: Recipe, at: _Progress) -> str:
+def _status(recipe: Recipe, at: Position) -> str:
     if not at.cursor:
         return ""
     return (f"epoch {at.epoch + 1}/{recipe.epochs}  loss {at.sums[0] / at.cursor:.4f}  "

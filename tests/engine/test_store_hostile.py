@@ -1,6 +1,5 @@
 """Dataset files from strangers: nothing outside the file is reached, no size is believed, every refusal says why."""
 
-import json
 import os
 
 import h5py
@@ -21,7 +20,7 @@ def file(tmp_path):
     return tmp_path / "tiny.h5"
 
 
-def refused(path, *words: str) -> str:
+def refused(path, *words: str) -> None:
     """Assert that neither opening nor verifying gets through, with exit code 3 and one line that has all the words."""
     for call in (store.Dataset, store.verify):
         with pytest.raises(DataError) as caught:
@@ -30,7 +29,6 @@ def refused(path, *words: str) -> str:
         assert "\n" not in str(caught.value)
         for word in (*words, str(path)):
             assert word in str(caught.value)
-    return str(caught.value)
 
 
 def change(path, name: str, make) -> None:
@@ -51,13 +49,6 @@ def test_files_that_are_no_dataset(tmp_path):
     with h5py.File(tmp_path / "foreign.h5", "w") as opened:
         opened["train/images"] = np.zeros((3, 4, 4, 1), np.uint8)
     refused(tmp_path / "foreign.h5", "not one that hpcai wrote")
-
-
-def test_another_version_says_so(file):
-    with h5py.File(file, "a") as opened:
-        opened.attrs["version"] = 2
-    with pytest.raises(DataError, match="another version; expected version 1; write it again .*received: 2"):
-        store.Dataset(file)
 
 
 @pytest.mark.parametrize("name", ["train/images", "train/labels", "test/images", "test/labels"])
@@ -116,7 +107,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(file, name, chunks):
 
 @pytest.mark.parametrize(("name", "value"), [
     ("train/images", np.zeros((12, 4, 4, 1), np.float64)),
-    ("train/images", np.array(["text"] * 12, object)),
+    ("train/images", ["text"] * 12),
     ("train/images", np.zeros(12, [("a", "u1")])),
     ("train/images", np.zeros((11, 4, 4, 1), np.uint8)),
     ("train/images", np.zeros(12, np.uint8)),
@@ -129,13 +120,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(file, name, chunks):
     ("test", np.zeros(3, np.uint8)),
 ])
 def test_types_and_shapes_are_checked(file, name, value):
-    def make(opened, place):
-        if getattr(value, "dtype", None) == object:
-            opened.create_dataset(place, data=value, dtype=h5py.string_dtype())
-        else:
-            opened[place] = value
-
-    change(file, name, make)
+    change(file, name, lambda opened, place: opened.create_dataset(place, data=value))
     refused(file)
 
 
@@ -151,50 +136,41 @@ def test_numbers_of_the_other_byte_order_are_read_or_refused(file):
     np.testing.assert_array_equal(found, labels)
 
 
-ATTRIBUTES = ("format", "version", "recipe", "inputs", "fingerprint", "class_names", "statistics")
-
-
-@pytest.mark.parametrize("name", ATTRIBUTES)
-@pytest.mark.parametrize("value", [None, 7, np.arange(3), b"\xff\xfe", "[" * 100_000, '{"a": 1}', "[1, {}]",
-                                   h5py.Empty("f")], ids=["missing", "int", "array", "bytes", "deep", "object",
-                                                          "list", "empty"])
-def test_wrong_attributes_never_end_in_another_error(file, name, value):
-    """Attributes of text may hold any text, so some of these files are as good as before."""
+@pytest.mark.parametrize("name", ["format", "version", "inputs", "class_names", "statistics", "fingerprint", "recipe"])
+@pytest.mark.parametrize("value", [None, 1.5, np.arange(3), "text of variable size", np.bytes_(b"\xff\xfe"),
+                                   np.bytes_(b"[" * 32_000), np.bytes_(b'["a", 1]'), h5py.Empty("f")],
+                         ids=["missing", "float", "array", "variable", "bytes", "deep", "mixed", "empty"])
+def test_wrong_attributes_are_bad_data(file, name, value):
     with h5py.File(file, "a") as opened:
         del opened.attrs[name]
-        if value is not None and len(str(value)) < 60_000:
-            opened.attrs[name] = value
-        elif value is not None:
-            opened.attrs[name] = value[:60_000]
-    try:
-        dataset = store.Dataset(file)
-    except DataError as error:
-        assert "\n" not in str(error)
-        return
-    assert all(type(text) is str for text in (dataset.recipe, dataset.fingerprint, *dataset.class_names))
-    assert value is not None
-
-
-def test_names_of_classes_must_be_text(file):
-    with h5py.File(file, "a") as opened:
-        opened.attrs["class_names"] = json.dumps(["a", {"b": 1}, 3])
-    refused(file, "class_names")
-
-
-@pytest.mark.parametrize("name", ["sha256", "valid_rows"])
-@pytest.mark.parametrize("value", [None, 7, np.arange(3)])
-def test_verify_wants_each_checksum(file, name, value):
-    with h5py.File(file, "a") as opened:
-        del opened["train/labels"].attrs[name]
         if value is not None:
-            opened["train/labels"].attrs[name] = value
-    if name == "sha256":
-        with pytest.raises(DataError, match="train/labels|ambiguous"):
-            store.verify(file)
+            opened.attrs[name] = value
+    if name in ("recipe", "fingerprint") and isinstance(value, bytes) and value[0] < 128:
+        # Any text will do there; `verify` alone knows the right fingerprint.
+        assert getattr(store.Dataset(file), name) == value.decode()
+    else:
+        refused(file)
+
+
+def test_another_version_says_so(file):
+    with h5py.File(file, "a") as opened:
+        opened.attrs["version"] = 2
+    with pytest.raises(DataError, match="another version; expected version 1; write it again .*received: 2"):
+        store.verify(file)
+
+
+@pytest.mark.parametrize("value", [None, 7, np.arange(3), np.bytes_(b"0" * 64)], ids=repr)
+def test_verify_wants_each_checksum(file, value):
+    with h5py.File(file, "a") as opened:
+        del opened["train/labels"].attrs["sha256"]
+        if value is not None:
+            opened["train/labels"].attrs["sha256"] = value
+    with pytest.raises(DataError, match="sha256|the checksum of train/labels does not match"):
+        store.verify(file)
 
 
 def test_damage_anywhere_is_bad_data_or_no_harm(file):
-    """Every 37th byte, one after the other, with all its bits turned."""
+    """Every 37th byte, one after the other, with all its bits turned. A crash of HDF5 itself would end this process."""
     content = file.read_bytes()
     refusals = 0
     for place in range(0, len(content), 37):

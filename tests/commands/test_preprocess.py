@@ -1,0 +1,231 @@
+"""hpcai preprocess: raw files to a proven dataset file, written once and never by accident over something else."""
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+HPCAI = Path(sys.executable).parent / "hpcai"
+NAMES = {"train-images-idx3-ubyte": (240, 28, 28), "train-labels-idx1-ubyte": (240,),
+         "t10k-images-idx3-ubyte": (40, 28, 28), "t10k-labels-idx1-ubyte": (40,)}
+
+
+@pytest.fixture
+def digits() -> Path:
+    """Return a folder with the four files of a small MNIST: random images, each class as often as the others."""
+    folder = Path("digits")
+    folder.mkdir()
+    random = np.random.default_rng(3)
+    for number, (name, shape) in enumerate(NAMES.items()):
+        values = np.arange(shape[0]) % 10 if len(shape) == 1 else random.integers(0, 256, shape)
+        content = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + values.astype("u1").tobytes()
+        # Mirrors give them gzipped, people unpack some.
+        (folder / name).write_bytes(content if number else gzip.compress(content))
+    return folder
+
+
+@pytest.fixture
+def made(hpcai):
+    """Return the path of a dataset file made of the sample."""
+    assert hpcai("preprocess", "mnist", "--source", "sample", "--output", "sample.h5").exit_code == 0
+    return Path("sample.h5")
+
+
+def last_line(done, code: int) -> str:
+    assert done.exit_code == code, done.output
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    return done.stderr.splitlines()[-1]
+
+
+# ---- Made ----------------------------------------------------------------------------------------------------------
+
+def test_the_sample_becomes_a_file_with_a_short_table(hpcai):
+    done = hpcai("preprocess", "mnist", "--source", "sample", "--output", "data/sample.h5")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("data/sample.h5 written\n")
+    for words in ("train_examples            1,318", "Examples by class", "validation"):
+        assert words in done.stdout
+    assert done.stderr == "reading sample\n"
+    assert [path.name for path in Path("data").iterdir()] == ["sample.h5"]
+    with h5py.File("data/sample.h5") as file:
+        assert {name: len(file[name]["labels"]) for name in file} == {"train": 1318, "validation": 120, "test": 359}
+        assert file["train/images"].shape == (1318, 28, 28, 1)
+        assert file["train/images"].dtype == np.uint8
+
+
+def test_the_json_document(hpcai):
+    done = hpcai("preprocess", "mnist", "--source", "sample", "--output", "a.h5", "--json")
+    document = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    metrics = document.pop("metrics")
+    assert metrics.pop("seconds") > 0
+    assert metrics == {"train_examples": 1318, "validation_examples": 120, "test_examples": 359, "rejected": 0,
+                       "duplicates": 0, "label_conflicts": 0, "bytes": Path("a.h5").stat().st_size}
+    assert len(document.pop("fingerprint")) == 64
+    balance = document.pop("class_balance")
+    assert {name: sum(counts) for name, counts in balance.items()} == {"train": 1318, "validation": 120, "test": 359}
+    assert document == {"schema": "hpcai.preprocess/1", "command": "preprocess", "recipe": "mnist", "source": "sample",
+                        "file": "a.h5", "reused": False, "rejected": [], "classes": [str(digit) for digit in range(10)]}
+
+
+def test_stdout_is_pure_json_in_a_process_of_its_own():
+    done = subprocess.run([HPCAI, "preprocess", "mnist", "--source", "sample", "--output", "a.h5", "--json"],
+                          capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["metrics"]["train_examples"] == 1318
+    assert done.stderr == "reading sample\n"
+
+
+def test_a_folder_and_its_zip_give_the_same_bytes(hpcai, digits):
+    with zipfile.ZipFile("digits.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in digits.iterdir():
+            archive.write(path, path.name)
+    for source in ("digits", "digits.zip"):
+        # HDF5 would note the second in which a dataset was made.
+        time.sleep(1.0)
+        done = hpcai("preprocess", "mnist", "--source", source, "--output", f"{source}.h5", "--json")
+        assert done.exit_code == 0, done.stderr
+        metrics = json.loads(done.stdout)["metrics"]
+        assert [metrics[f"{name}_examples"] for name in ("train", "validation", "test")] == [220, 20, 40]
+    assert Path("digits.h5").read_bytes() == Path("digits.zip.h5").read_bytes()
+    with h5py.File("digits.h5") as file:
+        labels = file["train/labels"][:]
+        assert np.bincount(labels).tolist() == [22] * 10
+        assert np.bincount(file["validation/labels"][:]).tolist() == [2] * 10
+        raw = gzip.decompress((digits / "train-images-idx3-ubyte").read_bytes())
+        all_images = np.frombuffer(raw, np.uint8, offset=16).reshape(240, 28, 28)
+        both = np.concatenate([file["train/images"][:], file["validation/images"][:]])[..., 0]
+        assert sorted(map(bytes, both)) == sorted(map(bytes, all_images))
+
+
+def test_a_recipe_that_borrows_its_data_makes_the_lenders_file(hpcai, digits):
+    assert hpcai("preprocess", "mnist-mlp", "--source", digits).exit_code == 0
+    assert [path.name for path in Path("data").iterdir()] == ["mnist.h5"]
+
+
+def test_no_validation_split_when_none_is_wanted(hpcai, digits):
+    hpcai("preprocess", "mnist", "--source", digits, "--output", "a.h5", "--validation-fraction", 0)
+    with h5py.File("a.h5") as file:
+        assert {name: len(file[name]["labels"]) for name in file} == {"train": 240, "test": 40}
+
+
+def test_duplicates_and_contradictions_are_counted(hpcai, digits):
+    images, labels = digits / "t10k-images-idx3-ubyte", digits / "t10k-labels-idx1-ubyte"
+    content = bytearray(images.read_bytes())
+    # The labels of images 0, 10 and 1 are 0, 0 and 1: one repetition that agrees, one that does not.
+    for copy in (10, 1):
+        content[16 + copy * 784:16 + (copy + 1) * 784] = content[16:16 + 784]
+    images.write_bytes(content)
+    assert labels.read_bytes()[8:10] == b"\0\1"
+    done = hpcai("preprocess", "mnist", "--source", digits, "--output", "a.h5", "--json")
+    metrics = json.loads(done.stdout)["metrics"]
+    assert (metrics["duplicates"], metrics["label_conflicts"]) == (2, 1)
+
+
+def test_the_whole_of_mnist(hpcai, shared_data):
+    done = hpcai("preprocess", "mnist", "--source", shared_data / "mnist", "--output", "mnist.h5", "--json")
+    metrics = json.loads(done.stdout)["metrics"]
+    assert [metrics[f"{name}_examples"] for name in ("train", "validation", "test")] == [55_000, 5_000, 10_000]
+    assert (metrics["duplicates"], metrics["label_conflicts"]) == (0, 0)
+
+
+# ---- Made before ---------------------------------------------------------------------------------------------------
+
+def test_the_same_again_is_reused(hpcai, made):
+    before = made.stat()
+    done = hpcai("preprocess", "mnist", "--source", "sample", "--output", made, "--json")
+    document = json.loads(done.stdout)
+    assert document["reused"] is True and document["metrics"]["train_examples"] == 1318
+    assert (made.stat().st_mtime_ns, made.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert hpcai("preprocess", "mnist", "--source", "sample", "--output", made).stdout.startswith(
+        "sample.h5 is valid already\n")
+
+
+@pytest.mark.parametrize("options", [["--validation-fraction", "0.2"], ["--set", "seed=1"],
+                                     ["--set", "validation_fraction=0"], ["--source", "digits"]])
+def test_an_output_of_other_options_or_data_is_replaced_only_when_asked(hpcai, made, digits, options):
+    content, line = made.read_bytes(), ["preprocess", "mnist", "--source", "sample", "--output", made, *options]
+    text = last_line(hpcai(*line), 2)
+    assert "the output exists and was made from other input or options" in text and "--force" in text
+    assert made.read_bytes() == content
+    assert hpcai(*line, "--force").exit_code == 0
+    assert made.read_bytes() != content
+    assert hpcai(*line, "--json").exit_code == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"a letter", b"\x89HDF\r\n\x1a\n" + bytes(100)])
+def test_an_output_that_is_something_else_is_replaced_only_when_asked(hpcai, content):
+    Path("a.h5").write_bytes(content)
+    line = ["preprocess", "mnist", "--source", "sample", "--output", "a.h5"]
+    assert "the output exists and is no valid dataset file" in last_line(hpcai(*line), 2)
+    assert Path("a.h5").read_bytes() == content
+    assert hpcai(*line, "--force").exit_code == 0
+    assert hpcai("preprocess", "--verify", "a.h5").exit_code == 0
+
+
+# ---- Proven --------------------------------------------------------------------------------------------------------
+
+def test_a_whole_file_is_proven(hpcai, made):
+    done = hpcai("preprocess", "--verify", made)
+    assert done.exit_code == 0
+    assert done.stdout.startswith("sample.h5 is whole\n")
+    document = json.loads(hpcai("preprocess", "--verify", made, "--json").stdout)
+    assert document["schema"] == "hpcai.verify/1" and document["recipe"] == "mnist"
+    assert document["metrics"]["test_examples"] == 359
+
+
+def test_one_changed_byte_is_found(hpcai, made):
+    with h5py.File(made) as file:
+        place = file["test/images"].id.get_offset() + 1000
+    content = bytearray(made.read_bytes())
+    content[place] ^= 1
+    made.write_bytes(content)
+    assert "the checksum of test/images does not match its content" in last_line(
+        hpcai("preprocess", "--verify", made), 3)
+
+
+def test_a_cut_file_is_found(hpcai, made):
+    made.write_bytes(made.read_bytes()[:-100_000])
+    assert "sample.h5 is truncated, damaged or no dataset file" in last_line(hpcai("preprocess", "--verify", made), 3)
+
+
+# ---- Refused -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("source", "code", "words"), [
+    ("nowhere", 3, "there is no nowhere in"), ("empty", 3, "files are missing: train-images-idx3-ubyte"),
+    ("ftp://host/mnist", 2, "addresses with ftp:// are not fetched"), ("", 2, "the source is empty"),
+    ("letter.txt", 3, "no archive")])
+def test_a_source_that_gives_nothing(hpcai, source, code, words):
+    Path("empty").mkdir()
+    Path("letter.txt").write_text("Dear Sir")
+    assert words in last_line(hpcai("preprocess", "mnist", "--source", source, "--output", "a.h5"), code)
+    assert sorted(path.name for path in Path(".").iterdir()) == ["empty", "letter.txt"]
+
+
+def test_a_broken_source_leaves_no_output(hpcai, digits):
+    labels = digits / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1])
+    assert "truncated" in last_line(hpcai("preprocess", "mnist", "--source", digits, "--output", "data/a.h5"), 3)
+    assert not Path("data/a.h5").exists()
+
+
+def test_too_few_examples_to_set_any_aside(hpcai, digits):
+    line = ["preprocess", "mnist", "--source", digits, "--output", "a.h5", "--validation-fraction", "0.001"]
+    assert "give --validation-fraction 0" in last_line(hpcai(*line), 1)
+    assert not Path("a.h5").exists()
+
+
+@pytest.mark.parametrize("output", ["file/a.h5", "/proc/none/a.h5"])
+def test_an_output_that_cannot_be_written(hpcai, output):
+    Path("file").write_text("")
+    assert f"cannot write {output}" in last_line(
+        hpcai("preprocess", "mnist", "--source", "sample", "--output", output), 1)
