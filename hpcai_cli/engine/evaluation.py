@@ -15,6 +15,8 @@ METRICS = ("accuracy", "loss", "calibration_error", "macro_precision", "macro_re
 """Names of the figures that a classification's report holds."""
 CALIBRATION_BINS = 15
 """As in Guo et al., arXiv 1706.04599."""
+MOST_DRAWN = 50
+"""Classes up to which the drawing of the confusion matrix has names and numbers."""
 
 
 def forward(model) -> Callable:
@@ -46,8 +48,10 @@ def logits(run_forward: Callable, split: Split, ranks: Serial | Horovod, *, num_
 
 def log_probabilities(scores: np.ndarray) -> np.ndarray:
     """Return the log-softmax of logits (n, c) in float64."""
-    shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    # Infinite logits give NaN, which whoever asked sees and names; numpy's own warning would only come before it.
+    with np.errstate(invalid="ignore"):
+        shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def loss_and_accuracy(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -101,10 +105,16 @@ def draw_confusion(confusion: list[list[int]], class_names: tuple[str, ...], pat
     from matplotlib import pyplot
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    side = max(4.0, 0.6 * len(class_names) + 1.5)
+    # Beyond MOST_DRAWN the numbers would be too small to read, and take minutes.
+    written = len(class_names) <= MOST_DRAWN
+    side = max(4.0, 0.6 * min(len(class_names), MOST_DRAWN) + 1.5)
     figure, axes = pyplot.subplots(figsize=(side, side))
-    ConfusionMatrixDisplay(np.array(confusion), display_labels=list(class_names)).plot(
-        ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical", values_format="d")
+    # A dollar sign would begin a formula.
+    names = [name.replace("$", r"\$") for name in class_names] if written else None
+    ConfusionMatrixDisplay(np.array(confusion), display_labels=names).plot(
+        ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical", values_format="d", include_values=written)
+    if not written:
+        axes.set(xticks=[], yticks=[])
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -27,14 +27,15 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
                          received=type(model).__name__)
     try:
         # A model without an Input is built by its first example; one with another Input says so here.
-        shape = tuple(model(np.zeros((2, *recipe.input_shape), np.float32), training=False).shape)
+        outputs = model(np.zeros((2, *recipe.input_shape), np.float32), training=False)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise UsageError(f"recipe {recipe.name}: the model does not take its input_shape {recipe.input_shape}",
                          received=f"{type(error).__name__}: {first_line}") from error
-    if shape != (2, recipe.num_classes):
-        raise UsageError(f"recipe {recipe.name}: the model gives outputs of shape {shape[1:]}",
-                         expected=f"({recipe.num_classes},), one logit per class", received=shape[1:])
+    shape = tuple(outputs.shape)[1:] if keras.ops.is_tensor(outputs) else type(outputs).__name__
+    if shape != (recipe.num_classes,):
+        raise UsageError(f"recipe {recipe.name}: the model gives outputs of another shape",
+                         expected=f"({recipe.num_classes},), one logit per class", received=shape)
     if not model.trainable_variables:
         raise UsageError(f"recipe {recipe.name}: the model has nothing to train", expected="trainable weights")
     return model
@@ -42,16 +43,17 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
 
 def is_random_state(variable: keras.Variable) -> bool:
     """Tell whether a variable is the state of a random generator (dropout), which differs between ranks on purpose."""
-    return variable.dtype == "uint32"
+    # By the name that keras.random.SeedGenerator gives it: its type differs between backends and releases.
+    return variable.name == "seed_generator_state"
 
 
 def spread_random_state(model: keras.Model, rank: int) -> None:
     """Give each rank its own dropout masks, derived from rank 0's state, which is the one that checkpoints hold."""
     for variable in model.variables:
         if is_random_state(variable):
-            state = variable.numpy().astype(np.uint64)
-            state[0] = (state[0] + rank * 0x9E3779B9) % 2**32
-            variable.assign(state.astype(np.uint32))
+            state = variable.numpy()
+            state[0] = (int(state[0]) + rank * 0x9E3779B9) % 2**32
+            variable.assign(state)
 
 
 def arrays(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> dict[str, np.ndarray]:

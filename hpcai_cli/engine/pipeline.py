@@ -1,4 +1,4 @@
-"""(seed, epoch, cursor) -> batches for one rank.
+"""(seed, epoch, cursor) -> blocks of batches for one rank.
 
 The order of an epoch is a pure function of seed and epoch. The state of the data is therefore three integers, and
 resuming is exact, with another number of ranks too: the cursor counts examples of the whole job, not of a rank.
@@ -12,25 +12,28 @@ import numpy as np
 from hpcai_cli.engine.store import Split
 
 BLOCK_BYTES = 512 << 10
-"""How much is gathered at a time; it stays in the processor's second-level cache until it is used."""
+"""How much is gathered and trained at a time; it stays in the processor's second-level cache until it is used."""
 
 
 @dataclass
-class Batch:
-    """One rank's share of one step; the arrays are buffers that the next batch overwrites.
+class Block:
+    """One rank's share of some steps in a row; the arrays are buffers that the next block overwrites.
+
+    Small batches come several at a time, because copying them one by one and calling TensorFlow for each would cost
+    more than a small network's training.
 
     Attributes:
-        inputs: the examples as stored, (b, ...).
-        labels: int64 (b,).
-        weights: float32 (b,): size / m for each of the m examples of the whole step, 0 for padding. The mean over the
+        inputs: the examples as stored, (g, b, ...); g is the same for all blocks.
+        labels: int64 (g, b).
+        weights: float32 (g, b): size / m for each of the m examples of a whole step, 0 for padding. The mean over the
             ranks of sum(weights * losses) is the mean loss of the step's examples, also when m doesn't divide.
-        cursor: examples of the epoch that are done after this step, over all ranks.
+        examples: examples of each step, over all ranks; as many as there are steps, at most g.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    cursor: int
+    examples: list[int]
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -59,42 +62,46 @@ class Pipeline:
         self.global_batch_size = batch_size * size
         # Every rank runs this many steps, or the collective operations would wait for ever.
         self.steps_per_epoch = -(-len(split) // self.global_batch_size)
-        # Small batches are gathered several at a time: one by one, Python would cost more than the copying.
         row_bytes = split.inputs.dtype.itemsize * int(np.prod(split.inputs.shape[1:], dtype=np.int64))
-        self._block = max(1, BLOCK_BYTES // max(1, row_bytes * batch_size))
+        self.steps_per_block = min(self.steps_per_epoch, max(1, BLOCK_BYTES // max(1, row_bytes * batch_size)))
 
-    def batches(self, epoch: int, cursor: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of the epoch from the cursor on; all have the same shape, the last is padded."""
+    def blocks(self, epoch: int, cursor: int = 0, *, single_first: bool = False) -> Iterator[Block]:
+        """Yield this rank's blocks of the epoch from the cursor on; all have the same shape, the last step is padded.
+
+        Args:
+            single_first: begin with a block of one step.
+        """
         order = epoch_order(len(self._split), seed=self._seed, epoch=epoch)
         size, step = self.batch_size, self.global_batch_size
-        inputs = np.empty((self._block * size, *self._split.inputs.shape[1:]), self._split.inputs.dtype)
-        labels = np.empty(self._block * size, np.int64)
-        weights = np.full(size, 1 / size, np.float32)
-        for start in range(cursor, len(order) - step + 1, self._block * step):
-            rows = self._rows(order, start)
-            self._split.announce(self._rows(order, start + self._block * step))
-            self._split.gather(rows, inputs[:len(rows)], labels[:len(rows)])
-            for first in range(0, len(rows), size):
-                cursor += step
-                yield Batch(inputs[first:first + size], labels[first:first + size], weights, cursor)
+        inputs = np.zeros((self.steps_per_block, size, *self._split.inputs.shape[1:]), self._split.inputs.dtype)
+        labels = np.zeros((self.steps_per_block, size), np.int64)
+        weights = np.full((self.steps_per_block, size), 1 / size, np.float32)
+        steps = 1 if single_first else self.steps_per_block
+        while len(order) - cursor >= step:
+            rows = self._rows(order, cursor, steps)
+            steps = len(rows)
+            self._split.announce(self._rows(order, cursor + steps * step, self.steps_per_block).ravel())
+            self._split.gather(rows.ravel(), inputs[:steps].reshape(-1, *inputs.shape[2:]), labels[:steps].reshape(-1))
+            yield Block(inputs, labels, weights, [step] * steps)
+            cursor, steps = cursor + steps * step, self.steps_per_block
         if cursor < len(order):
-            yield self._last(order, cursor, inputs[:size], labels[:size])
+            yield self._last(order, cursor, inputs, labels)
 
-    def _rows(self, order: np.ndarray, start: int) -> np.ndarray:
-        """Return this rank's rows of the next block of whole steps."""
-        steps = min(self._block, max(0, len(order) - start) // self.global_batch_size)
+    def _rows(self, order: np.ndarray, start: int, steps: int) -> np.ndarray:
+        """Return this rank's rows of the next whole steps, int64 (steps, b); fewer steps at the epoch's end."""
+        steps = min(steps, max(0, len(order) - start) // self.global_batch_size)
         block = order[start:start + steps * self.global_batch_size]
-        return block.reshape(steps, self._size, self.batch_size)[:, self._rank].ravel()
+        return block.reshape(steps, self._size, self.batch_size)[:, self._rank]
 
-    def _last(self, order: np.ndarray, cursor: int, inputs: np.ndarray, labels: np.ndarray) -> Batch:
-        """Return the batch of the last step, which is not whole: some ranks have less to do, but none does nothing."""
+    def _last(self, order: np.ndarray, cursor: int, inputs: np.ndarray, labels: np.ndarray) -> Block:
+        """Return the last step, which is not whole: some ranks have less to do, but none does nothing."""
         start = cursor + self._rank * self.batch_size
         rows = order[start:start + self.batch_size]
-        weights = np.zeros(self.batch_size, np.float32)
-        weights[:len(rows)] = self._size / (len(order) - cursor)
+        weights = np.zeros(labels.shape, np.float32)
+        weights[0, :len(rows)] = self._size / (len(order) - cursor)
         # Padding repeats examples that exist, so that it disturbs no statistics; its weight is 0.
-        self._split.gather(np.resize(rows if len(rows) else order[:1], self.batch_size), inputs, labels)
-        return Batch(inputs, labels, weights, len(order))
+        self._split.gather(np.resize(rows if len(rows) else order[:1], self.batch_size), inputs[0], labels[0])
+        return Block(inputs, labels, weights, [len(order) - cursor])
 
 
 def shard(count: int, *, rank: int, size: int) -> tuple[int, int]:

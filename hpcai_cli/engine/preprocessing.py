@@ -31,7 +31,7 @@ def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downl
             raise UsageError(f"recipe {recipe.name} has no built-in sample", expected="a folder, archive or address",
                              received=source)
         return _write(recipe, sample, "sample", options, output, force, started, source)
-    with open_source(source, downloads=downloads, cache=cache_folder() / "downloads") as folder:
+    with open_source(source, downloads=downloads, cache=cache_folder()) as folder:
         return _write(recipe, lambda: load(folder), fingerprint(folder), options, output, force, started, source)
 
 

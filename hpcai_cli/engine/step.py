@@ -1,4 +1,4 @@
-"""One training step: forward, backward, averaged over the ranks, applied; compiled once."""
+"""The training step: forward, backward, averaged over the ranks, applied; some in a row, compiled once."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,18 @@ import keras
 import tensorflow as tf
 
 from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.pipeline import Block
 from hpcai_cli.recipe import Recipe
 
 
-def compile_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
-                 ranks: Serial | Horovod, augment: Callable | None) -> Callable:
-    """Return the compiled step (inputs, labels, weights, seed, stop) -> sums.
+def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
+                  ranks: Serial | Horovod, *, block: Block, augment: Callable | None = None) -> Callable:
+    """Return the compiled steps (inputs, labels, weights, seed, stop, count) -> sums, for blocks like `block`.
 
-    The step's arguments are inputs (b * k, ...) as stored, labels int64 (b * k,), weights float32 (b * k,) as the
-    pipeline gives them, seed int32 (2,) for the augmentation, and stop, float32 (), 1 when this rank was asked to
-    stop; b is the recipe's batch_size, k its accumulation_steps. `sums` is float32 (3,): the mean loss over the step's
-    examples of all ranks, how many of them were classified rightly, and how many ranks were asked to stop.
+    inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken; seed, int32 (2,),
+    is the augmentation's for the first of them; stop, float32 (), is 1 when this rank was asked to stop. `sums` is
+    float32 (g, 3), a row for each step: the mean loss over the step's examples of all ranks, how many of them were
+    classified rightly, and how many ranks were asked to stop.
     """
     trainable = model.trainable_variables
     statistics = [variable for variable in model.non_trainable_variables if "float" in variable.dtype]
@@ -50,7 +51,6 @@ def compile_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, reci
                                            parallel_iterations=1)
         return gradients, sums
 
-    @tf.function(reduce_retracing=True)
     def step(inputs, labels, weights, seed, stop):
         if augment is not None:
             inputs = augment(inputs, seed)
@@ -65,7 +65,22 @@ def compile_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, reci
         optimizer.apply(gradients, trainable)
         return sums
 
-    return step
+    @tf.function
+    def steps(inputs, labels, weights, seed, stop, count):
+        def one(number, rows):
+            # Step and rank have a seed of their own, which resuming finds again.
+            sums = step(inputs[number], labels[number], weights[number], seed + [0, number * ranks.size], stop)
+            return number + 1, rows.write(number, tf.ensure_shape(sums, (3,)))
+
+        rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(3,))
+        # The same loop for one step and for many: whether steps come alone or together changes no bit of the result.
+        _, rows = tf.while_loop(lambda number, _: number < count, one, (0, rows), parallel_iterations=1)
+        return rows.stack()
+
+    # One concrete function: looking up the right one at each call takes as long as a small network's step.
+    return steps.get_concrete_function(
+        *(tf.TensorSpec(array.shape, array.dtype) for array in (block.inputs, block.labels, block.weights)),
+        tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32))
 
 
 def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int) -> keras.optimizers.Optimizer:

@@ -16,8 +16,8 @@ from hpcai_cli import console
 from hpcai_cli.engine import checkpoint, evaluation
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
 from hpcai_cli.engine.model import arrays, build, is_random_state, restore, spread_random_state
-from hpcai_cli.engine.pipeline import Batch, Pipeline
-from hpcai_cli.engine.step import build_optimizer, compile_step
+from hpcai_cli.engine.pipeline import Block, Pipeline
+from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset
 from hpcai_cli.errors import DataError, DivergedError, StoppedEarly
 from hpcai_cli.recipe import Recipe
@@ -52,33 +52,34 @@ class Position:
 
 
 class _Meter:
-    """Sums the epoch's loss and right answers, one step behind, so that an accelerator never waits for Python."""
+    """Sums the epoch's loss and right answers, one block behind, so that an accelerator never waits for Python."""
 
     def __init__(self, at: Position):
         self._at, self._pending = at, None
         self.stop_asked = False
 
-    def add(self, sums: tf.Tensor, step: int, examples: int) -> None:
-        """Take the next step's sums and account for the one before it."""
+    def add(self, sums: tf.Tensor, first_step: int, examples: list[int]) -> None:
+        """Take the next block's sums and account for the one before it."""
         self.flush()
-        self._pending = (sums, step, examples)
+        self._pending = (sums, first_step, examples)
 
     def flush(self) -> None:
-        """Account for the step that is pending.
+        """Account for the block that is pending.
 
         Raises:
-            DivergedError: its loss is no number. The loss is the mean over all ranks, so all ranks see it alike.
+            DivergedError: a loss is no number. The loss is the mean over all ranks, so all ranks see it alike.
         """
         if self._pending is None:
             return
-        (loss, right, stops), step, examples = self._pending[0].numpy().tolist(), *self._pending[1:]
+        sums, first_step, examples = self._pending
         self._pending = None
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}", expected="a finite number",
-                                mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
-        self._at.sums[0] += loss * examples
-        self._at.sums[1] += round(right)
-        self.stop_asked = self.stop_asked or stops > 0
+        for number, (count, (loss, right, stops)) in enumerate(zip(examples, sums.numpy().tolist(), strict=False)):
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} at step {first_step + number}", expected="a finite number",
+                                    mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
+            self._at.sums[0] += loss * count
+            self._at.sums[1] += round(right)
+            self.stop_asked = self.stop_asked or stops > 0
 
 
 def train(job: Job, *, resume: bool) -> dict:
@@ -105,7 +106,7 @@ def train(job: Job, *, resume: bool) -> dict:
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
     prove_in_step(ranks, weights, when="at the start")
-    step = compile_step(model, optimizer, recipe, ranks, job.augment)
+    steps = compile_steps(model, optimizer, recipe, ranks, block=next(pipeline.blocks(0)), augment=job.augment)
     validate = _validator(job, model)
     board = _Board(job)
     _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
@@ -114,7 +115,7 @@ def train(job: Job, *, resume: bool) -> dict:
     # ---- Train.
     total = len(split) * recipe.epochs
     with console.progress("training", total=total, unit="images", done=at.epoch * len(split) + at.cursor) as shown:
-        def after_step() -> None:
+        def after_block() -> None:
             if at.step == 1:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
                 prove_in_step(ranks, weights, when="after the first step")
@@ -122,7 +123,9 @@ def train(job: Job, *, resume: bool) -> dict:
 
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             epoch_started, cursor_started = time.monotonic(), at.cursor
-            stop_asked = run_steps(job, at, step, pipeline.batches(at.epoch, at.cursor), after_step)
+            blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step == 0)
+            stop_asked = run_blocks(job, at, steps, blocks, after_block)
+            _prove_finite(model, at)
             if stop_asked and at.cursor < len(split):
                 _save(job, at, model, optimizer, weights)
                 _raise_stopped(job, at)
@@ -143,30 +146,30 @@ def train(job: Job, *, resume: bool) -> dict:
     return _finish(job, at, model, seconds=time.monotonic() - started)
 
 
-def run_steps(job: Job, at: Position, step: Callable, batches: Iterable[Batch], after_step: Callable) -> bool:
-    """Feed the batches to the compiled step, and return whether any rank was asked to stop.
+def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block], after_block: Callable) -> bool:
+    """Feed the blocks to the compiled steps, and return whether any rank was asked to stop.
 
     Raises:
         DivergedError: the loss is no number.
     """
-    meter = _Meter(at)
-    for batch in batches:
-        # The seed differs for each step and rank, and depends on nothing else, so that resuming repeats it.
+    meter, whole = _Meter(at), (None, None)
+    for block in blocks:
+        if block.weights is not whole[0]:
+            # The pipeline gives the same array for all whole blocks.
+            whole = block.weights, tf.constant(block.weights)
+        # The seed depends on the run's seed, the step and the rank, and on nothing else.
         seed = tf.constant([job.recipe.seed % 2**31, at.step * job.ranks.size + job.ranks.rank], tf.int32)
-        sums = step(*_tensors(batch), seed, tf.constant(float(bool(job.stop.received))))
-        at.step += 1
-        examples, at.cursor = batch.cursor - at.cursor, batch.cursor
-        meter.add(sums, at.step, examples)
-        after_step()
+        # tf.constant copies, so that the pipeline may fill its buffers again while an accelerator still computes.
+        sums = steps(tf.constant(block.inputs), tf.constant(block.labels), whole[1], seed,
+                     tf.constant(float(bool(job.stop.received))), tf.constant(len(block.examples)))
+        meter.add(sums, at.step + 1, block.examples)
+        at.step += len(block.examples)
+        at.cursor += sum(block.examples)
+        after_block()
         if meter.stop_asked:
             break
     meter.flush()
     return meter.stop_asked
-
-
-def _tensors(batch: Batch) -> tuple[tf.Tensor, ...]:
-    # tf.constant copies, so that the pipeline may fill its buffers again while an accelerator still computes.
-    return tf.constant(batch.inputs), tf.constant(batch.labels), tf.constant(batch.weights)
 
 
 def _resumed(job: Job, model, optimizer) -> dict:
@@ -190,6 +193,22 @@ def _validator(job: Job, model) -> Callable[[], tuple[float, float] | None]:
         evaluation.logits(run_forward, split, job.ranks, num_classes=job.recipe.num_classes), split.labels)
 
 
+def _prove_finite(model: keras.Model, at: Position) -> None:
+    """Check the weights, since the loss of the last step is that of the weights before its update.
+
+    Raises:
+        DivergedError: they hold something else than numbers; no checkpoint is written of them.
+    """
+    for variable in model.variables:
+        if "float" in variable.dtype and not np.isfinite(variable.numpy()).all():
+            raise _diverged(f"the weights in {variable.path} are no numbers after step {at.step}", "not finite")
+
+
+def _diverged(happened: str, received: object) -> DivergedError:
+    return DivergedError(happened, expected="a finite number", received=received,
+                         mend="lower the steps with `--set learning_rate=...` or set clip_norm")
+
+
 def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float, examples: int) -> dict:
     """Close the epoch's accounts: history, the best epoch so far, the position of the next."""
     count = len(job.dataset.split("train"))
@@ -197,6 +216,8 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float
     validated = validate()
     if validated is not None:
         row["validation_loss"], row["validation_accuracy"] = validated
+        if not math.isfinite(validated[0]):
+            raise _diverged(f"the validation loss is {validated[0]} after step {at.step}", validated[0])
         # Every rank has gathered the same numbers; rank 0's count all the same, since the decision must be one.
         better = not at.best or row["validation_loss"] < at.best["validation_loss"]
         if job.ranks.broadcast_json(better):

@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 
+from hpcai_cli.engine import pipeline as module
 from hpcai_cli.engine.pipeline import Pipeline, epoch_order, shard
 from hpcai_cli.engine.store import Split
 
 BATCH = 4
+
+
+@pytest.fixture(params=["one step", "two steps", "many"])
+def gathered(request, monkeypatch):
+    """How many steps are gathered at a time; nothing may depend on it."""
+    row_bytes = 4
+    monkeypatch.setattr(module, "BLOCK_BYTES", {"one step": 1, "two steps": 2, "many": 10_000}[request.param]
+                        * row_bytes * BATCH)
 
 
 def split(count: int) -> Split:
@@ -40,7 +49,7 @@ COUNTS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 48)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", COUNTS)
-def test_each_example_once_per_epoch(count, size):
+def test_each_example_once_per_epoch(count, size, gathered):
     steps = epoch(count, size)
     assert len(steps) == -(-count // (BATCH * size))
     assert len(steps) == Pipeline(split(count), batch_size=BATCH, seed=5, size=size).steps_per_epoch
@@ -80,7 +89,7 @@ PINNED = [4, 1, 3, 7, 6, 2, 0, 5]
 @pytest.mark.parametrize("before", [1, 2, 3])
 @pytest.mark.parametrize("after", [1, 2, 4])
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_another_number_of_ranks_goes_on_with_exactly_the_rest(before, after, done):
+def test_another_number_of_ranks_goes_on_with_exactly_the_rest(before, after, done, gathered):
     count = 41
     first = epoch(count, before, number=6, steps=done) if done else []
     cursor = first[-1][0][3] if first else 0

@@ -21,7 +21,7 @@ def measure(setting: Setting) -> list[Figure]:
     epochs = iter(range(10_000))
 
     def ours() -> int:
-        return sum(len(batch.labels) for batch in pipeline.batches(next(epochs)))
+        return sum(sum(block.examples) for block in pipeline.blocks(next(epochs)))
 
     def memcpy() -> int:
         buffer = np.empty((BATCH_SIZE, *split.inputs.shape[1:]), split.inputs.dtype)

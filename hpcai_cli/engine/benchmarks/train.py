@@ -15,9 +15,9 @@ from hpcai_cli.engine.benchmarks.measure import Figure, Setting, interleaved, me
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Pipeline
-from hpcai_cli.engine.step import build_optimizer, compile_step
+from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset
-from hpcai_cli.engine.training import Job, Position, run_steps
+from hpcai_cli.engine.training import Job, Position, run_blocks
 from hpcai_cli.run import Run
 
 ROUNDS = 9
@@ -40,42 +40,49 @@ def _measure_recipe(name: str, recipe, build_model, dataset: Dataset) -> list[Fi
     pipeline = Pipeline(split, batch_size=recipe.batch_size, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(recipe, Run(Path(folder)), dataset, Serial(), build_model)
-        model, step = _compiled(job, pipeline)
-        at, steps = Position(), STEPS[name]
-        endless = (batch for epoch in range(10_000) for batch in pipeline.batches(epoch))
-        constant = [tf.constant(value) for value in vars(next(endless)).values()][:3]
-        seed, stop = tf.constant([0, 0], tf.int32), tf.constant(0.0)
+        trainer = _Trainer(job, pipeline)
+        blocks = STEPS[name] // pipeline.steps_per_block
+        images = blocks * pipeline.steps_per_block * recipe.batch_size
+        endless = (block for epoch in range(10_000) for block in pipeline.blocks(epoch)
+                   if len(block.examples) == pipeline.steps_per_block)
+        first = next(endless)
+        constant = [tf.constant(array) for array in (first.inputs, first.labels, first.weights)]
+        constant += [tf.constant([0, 0], tf.int32), tf.constant(0.0), tf.constant(len(first.examples))]
 
         def loop() -> float:
-            started = time.perf_counter()
+            started, at = time.perf_counter(), Position()
             with console.progress(f"{name}, loop", total=None, unit="images") as shown:
-                run_steps(job, at, step, islice(endless, steps), lambda: shown.update(at.step * recipe.batch_size))
-            return steps * recipe.batch_size / (time.perf_counter() - started)
+                run_blocks(job, at, trainer.steps, islice(endless, blocks),
+                           lambda: shown.update(at.step * recipe.batch_size))
+            return images / (time.perf_counter() - started)
 
         def constant_batch() -> float:
             started = time.perf_counter()
-            for _ in range(steps):
-                sums = step(*constant, seed, stop)
+            for _ in range(blocks):
+                sums = trainer.steps(*constant)
             sums.numpy()
-            return steps * recipe.batch_size / (time.perf_counter() - started)
+            return images / (time.perf_counter() - started)
 
         loop(), constant_batch()
         rates = interleaved(ROUNDS, loop=loop, constant=constant_batch)
-        epochs = _against_fit(job, pipeline, step)
+        epochs = _against_fit(job, pipeline, trainer)
     return [median("train", f"{name}: loop", rates["loop"], "images/s"),
             ratio("train", f"{name}: against one constant batch", rates["loop"], rates["constant"],
                   limit=LIMITS[name]),
             ratio("train", f"{name}: an epoch against Keras' fit", epochs["ours"], epochs["fit"], limit=0.99)]
 
 
-def _compiled(job: Job, pipeline: Pipeline):
-    model = build(job.recipe, job.build_model)
-    optimizer = build_optimizer(job.recipe, steps_per_epoch=pipeline.steps_per_epoch, size=1)
-    optimizer.build(model.trainable_variables)
-    return model, compile_step(model, optimizer, job.recipe, job.ranks, None)
+class _Trainer:
+    """A model, its optimizer and its compiled steps; the steps alone would lose the optimizer's variables."""
+
+    def __init__(self, job: Job, pipeline: Pipeline):
+        self.model = build(job.recipe, job.build_model)
+        self.optimizer = build_optimizer(job.recipe, steps_per_epoch=pipeline.steps_per_epoch, size=1)
+        self.optimizer.build(self.model.trainable_variables)
+        self.steps = compile_steps(self.model, self.optimizer, job.recipe, job.ranks, block=next(pipeline.blocks(0)))
 
 
-def _against_fit(job: Job, pipeline: Pipeline, step) -> dict[str, list[float]]:
+def _against_fit(job: Job, pipeline: Pipeline, trainer: _Trainer) -> dict[str, list[float]]:
     """Time whole epochs: ours from the mapped file, fit's from arrays in memory, as a plain script has them."""
     split = job.dataset.split("train")
     images, labels = np.array(split.inputs), np.array(split.labels)
@@ -87,7 +94,7 @@ def _against_fit(job: Job, pipeline: Pipeline, step) -> dict[str, list[float]]:
 
     def ours() -> float:
         started = time.perf_counter()
-        run_steps(job, Position(), step, pipeline.batches(next(epochs)), lambda: None)
+        run_blocks(job, Position(), trainer.steps, pipeline.blocks(next(epochs)), lambda: None)
         return len(labels) / (time.perf_counter() - started)
 
     def fit() -> float:

@@ -1,0 +1,161 @@
+"""Stopping and resuming: equal, bit for bit, to never having stopped."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hpcai_cli.engine import checkpoint, training
+from hpcai_cli.errors import EXIT_STOPPED, DataError, StoppedEarly
+
+TIMES = ("seconds", "images_per_second")
+
+
+class StopAfter:
+    """A wish to stop that comes when it was looked at so many times, as a signal would come in the middle."""
+
+    def __init__(self, looks: int):
+        self.looks = looks
+
+    @property
+    def received(self) -> str:
+        self.looks -= 1
+        return "SIGTERM" if self.looks < 0 else ""
+
+
+def history(tiny, run: str) -> list[dict]:
+    with (tiny.folder / run / "history.csv").open() as stream:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(stream)]
+
+
+def arrays(tiny, run: str) -> dict:
+    return checkpoint.newest(tiny.folder / run / "checkpoints")[0].arrays
+
+
+def assert_same(tiny, run: str, other: str = "whole") -> None:
+    assert history(tiny, run) == history(tiny, other)
+    ours, theirs = arrays(tiny, run), arrays(tiny, other)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    for one, another in zip(tiny.weights(run), tiny.weights(other), strict=True):
+        np.testing.assert_array_equal(one, another)
+
+
+def stopped_at(tiny, looks: int, run: str = "stopped", **settings) -> StoppedEarly:
+    with pytest.raises(StoppedEarly) as caught:
+        training.train(tiny.job(run, stop=StopAfter(looks), **settings), resume=False)
+    return caught.value
+
+
+def noise(images, seed):
+    """An augmentation that is different for each step and rank."""
+    images = tf.cast(images, tf.float32)
+    return images + tf.random.stateless_uniform(tf.shape(images), seed, -20, 20)
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"dropout": 0.5},
+    {"dropout": 0.5, "augment": noise, "optimizer": "sgd", "warmup_epochs": 1.5, "clip_norm": 0.5, "seed": 2**32 - 1},
+    {"optimizer": "lamb", "accumulation_steps": 2, "weight_decay": 0.01},
+], ids=["plain", "dropout", "everything random", "accumulation"])
+def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, settings):
+    training.train(tiny.job("whole", **settings), resume=False)
+    steps = 7 if "accumulation_steps" in settings else tiny.steps
+    error = stopped_at(tiny, steps + 4, **settings)
+    state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
+    assert state.epoch == 1
+    assert steps < state.step < 2 * steps
+    assert 0 < state.cursor < 200
+    assert error.exit_code == EXIT_STOPPED
+    assert str(error).startswith(f"stopped by SIGTERM after step {state.step}; the checkpoint is written; continue "
+                                 f"with `hpcai train --resume {tiny.folder / 'stopped'}`")
+    assert not (tiny.folder / "stopped" / "model.keras").exists()
+    training.train(tiny.job("stopped", **settings), resume=True)
+    assert_same(tiny, "stopped")
+    assert [event["event"] for event in tiny.events("stopped")][:6] == [
+        "started", "epoch", "checkpoint", "checkpoint", "stopped", "resumed"]
+
+
+def test_stopped_again_and_again(tiny):
+    training.train(tiny.job("whole", dropout=0.3), resume=False)
+    stopped_at(tiny, 2, dropout=0.3)
+    stops = 1
+    while stops < 50:
+        try:
+            training.train(tiny.job("stopped", stop=StopAfter(6), dropout=0.3), resume=True)
+            break
+        except StoppedEarly:
+            stops += 1
+    assert 4 < stops < 20
+    assert_same(tiny, "stopped")
+
+
+def test_stopped_while_an_epoch_ends(tiny):
+    training.train(tiny.job("whole", epochs=2), resume=False)
+    stopped_at(tiny, tiny.steps - 1, epochs=2)
+    state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
+    assert (state.epoch, state.cursor, state.sums) == (1, 0, [0.0, 0.0])
+    training.train(tiny.job("stopped", epochs=2), resume=True)
+    assert_same(tiny, "stopped")
+
+
+def test_a_wish_to_stop_in_the_last_step_lets_the_training_finish(tiny):
+    result = training.train(tiny.job("late", epochs=1, stop=StopAfter(tiny.steps - 1)), resume=False)
+    assert result["epochs"] == 1
+    assert (tiny.folder / "late" / "model.keras").exists()
+
+
+def test_early_stopping_goes_on_where_it_was(tiny):
+    data = tiny.data("wrong.h5", wrong_validation=True)
+    settings = {"data": data, "epochs": 9, "early_stopping_patience": 2}
+    whole = training.train(tiny.job("whole", **settings), resume=False)
+    stopped_at(tiny, tiny.steps + 5, **settings)
+    resumed = training.train(tiny.job("stopped", **settings), resume=True)
+    assert (resumed["best_epoch"], resumed["epochs"]) == (whole["best_epoch"], whole["epochs"]) == (1, 3)
+    assert_same(tiny, "stopped")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tiny, capsys):
+    training.train(tiny.job("whole"), resume=False)
+    stopped_at(tiny, tiny.steps + 5)
+    newest = max((tiny.folder / "stopped" / "checkpoints").iterdir())
+    (newest / "arrays.npz").write_bytes(b"")
+    training.train(tiny.job("stopped"), resume=True)
+    said = capsys.readouterr().err
+    assert f"passed over: checkpoint {newest.name} does not verify" in said
+    assert f"resuming at step {tiny.steps}, epoch 2 of 4" in said
+    assert_same(tiny, "stopped")
+
+
+def test_a_finished_run_stays_as_it_is(tiny):
+    first = training.train(tiny.job("run"), resume=False)
+    shutil.copytree(tiny.folder / "run", tiny.folder / "whole")
+    again = training.train(tiny.job("run"), resume=True)
+    assert_same(tiny, "run")
+    for result in (first, again):
+        result["metrics"].pop("seconds")
+    assert again == first
+
+
+def test_more_epochs_than_at_first_go_on(tiny):
+    training.train(tiny.job("run", schedule="constant", epochs=2), resume=False)
+    training.train(tiny.job("run", schedule="constant", epochs=4), resume=True)
+    training.train(tiny.job("whole", schedule="constant", epochs=4), resume=False)
+    assert_same(tiny, "run")
+
+
+def test_other_data_and_another_model_are_refused(tiny):
+    stopped_at(tiny, tiny.steps + 5)
+    before = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")[0].step
+    other = tiny.data("other.h5", wrong_validation=True)
+    with pytest.raises(DataError, match="the dataset file is not the one that the run began with"):
+        training.train(tiny.job("stopped", data=other), resume=True)
+    with pytest.raises(DataError, match="the checkpoint is of another optimizer"):
+        training.train(tiny.job("stopped", optimizer="sgd", momentum=0.5), resume=True)
+    with pytest.raises(DataError, match="no checkpoint in .*; train anew without --resume"):
+        training.train(tiny.job("empty"), resume=True)
+    assert checkpoint.newest(tiny.folder / "stopped" / "checkpoints")[0].step == before
