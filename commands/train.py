@@ -67,8 +67,8 @@ def train(
     if np > 1:
         _start_ranks(np, job.prepare(request), request, assignments, json)
         return
-    launch.register()
     with StopRequest() as stop:
+        launch.register()
         result = job.run_here(request, stop)
     if json:
         console.result_json(result)

@@ -106,6 +106,9 @@ def run_ranks(np: int, arguments: Sequence[str]) -> Outcome:
     """Run `hpcai ARGUMENTS` in np processes on this host under horovodrun, as if it were one program.
 
     Rank 0's stdout becomes ours, the ranks' stderr becomes ours, and signals reach every rank.
+
+    Raises:
+        KeyboardInterrupt: a signal ended the job, and it had nothing to save.
     """
     with tempfile.TemporaryDirectory(prefix="hpcai-") as folder:
         environment = {**os.environ, REGISTER_VARIABLE: folder}
@@ -119,8 +122,11 @@ def run_ranks(np: int, arguments: Sequence[str]) -> Outcome:
             env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             errors="replace", start_new_session=True)
         reader = _Reader(process)
-        with _forwarded(process, Path(folder)):
-            return reader.outcome()
+        with _forwarded(process, Path(folder)) as asked:
+            outcome = reader.outcome()
+        if asked and outcome.exit_code not in (0, EXIT_STOPPED):
+            raise KeyboardInterrupt
+        return outcome
 
 
 class _Reader:
@@ -155,13 +161,11 @@ class _Reader:
                 continue
             rank, kind, text = int(match[1]), match[2], match[3]
             if kind == "stdout" and rank == 0:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                _pass_on(sys.stdout, text)
             elif kind == "stderr":
                 self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
                 if rank == 0 or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+                    _pass_on(sys.stderr, text)
 
     def _own(self, line: str) -> None:
         match = self._EXIT.match(line)
@@ -170,11 +174,20 @@ class _Reader:
         if line.strip():
             self._words = line.strip()
         if os.environ.get(VERBOSE_VARIABLE):
-            sys.stderr.write(line)
+            _pass_on(sys.stderr, line)
+
+
+def _pass_on(stream, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # `hpcai ... | head`: the reader has what it wanted, and the job goes on, so that its exit code stays true.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
-def _forwarded(process: subprocess.Popen, folder: Path) -> Iterator[None]:
+def _forwarded(process: subprocess.Popen, folder: Path) -> Iterator[list[int]]:
     """Pass SIGINT, SIGTERM and SIGUSR1 on to every rank while the block lasts; a second Ctrl-C ends them at once."""
     asked = []
 
@@ -190,7 +203,7 @@ def _forwarded(process: subprocess.Popen, folder: Path) -> Iterator[None]:
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

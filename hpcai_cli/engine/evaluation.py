@@ -1,5 +1,6 @@
 """Evaluation: every example exactly once over all ranks, so that 1, 2 or 4 processes give the same numbers."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -109,12 +110,14 @@ def draw_confusion(confusion: list[list[int]], class_names: tuple[str, ...], pat
     written = len(class_names) <= MOST_DRAWN
     side = max(4.0, 0.6 * min(len(class_names), MOST_DRAWN) + 1.5)
     figure, axes = pyplot.subplots(figsize=(side, side))
-    # A dollar sign would begin a formula.
-    names = [name.replace("$", r"\$") for name in class_names] if written else None
-    ConfusionMatrixDisplay(np.array(confusion), display_labels=names).plot(
+    # A dollar sign would begin a formula, and a long name leave no room for the matrix.
+    names = [(name if len(name) <= 30 else name[:27] + "...").replace("$", r"\$") for name in class_names]
+    ConfusionMatrixDisplay(np.array(confusion), display_labels=names if written else None).plot(
         ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical", values_format="d", include_values=written)
     if not written:
         axes.set(xticks=[], yticks=[])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        # Names in a script that the font lacks are drawn as boxes; a line for each sign would be said otherwise.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

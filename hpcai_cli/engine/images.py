@@ -1,5 +1,6 @@
 """Image files to the arrays that a recipe's model takes."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 """Decoders that a stranger's file may reach; Pillow knows dozens more."""
 MOST_PIXELS = 64_000_000
 """Checked against the header, before memory is taken."""
+_DAMAGE = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+"""What Pillow's decoders and its reading of EXIF raise for damaged files."""
 
 
 def read_image(path: Path | str, shape: tuple[int, int, int]) -> np.ndarray:
@@ -36,14 +39,14 @@ def read_image(path: Path | str, shape: tuple[int, int, int]) -> np.ndarray:
         raise DataError("the file does not exist", expected="an image file") from None
     except UnidentifiedImageError:
         raise DataError("this is no image", expected=f"one of {', '.join(FORMATS)}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
         raise DataError(f"the image cannot be decoded: {str(error).strip() or type(error).__name__}") from None
 
 
 def _flattened(image: Image.Image) -> Image.Image:
     """Bring transparency, palettes and more than 8 bits to plain 8-bit pixels."""
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, np.float64)
+        pixels = np.nan_to_num(np.asarray(image, np.float64))
         # 16-bit files use the whole range; a 16-bit file of small numbers would else come out black or saturated.
         top = 65535.0 if pixels.max() > 255 else 255.0
         return Image.fromarray((np.clip(pixels, 0, top) * (255 / top)).astype(np.uint8))

@@ -91,7 +91,7 @@ def checked(recipe: Recipe, splits: object) -> dict[str, tuple[np.ndarray, np.nd
             continue
         try:
             inputs, labels = pair
-            shape, count = tuple(inputs.shape[1:]), len(inputs)
+            shape, count, _ = tuple(inputs.shape[1:]), len(inputs), labels.dtype.kind
         except (TypeError, ValueError, AttributeError):
             problems.append(f"{name} is no pair of arrays")
             continue

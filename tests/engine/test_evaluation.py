@@ -132,7 +132,7 @@ def test_the_logits_of_all_ranks_are_those_of_one(count, size):
     assert max(done) == max(shares)
 
 
-@pytest.mark.parametrize("names", [("cat", "dog"), ("$\\nothing$", "costs $5 or $6"), ("ä" * 60, "")])
+@pytest.mark.parametrize("names", [("cat", "dog"), ("$\\nothing$", "costs $5 or $6"), ("ä" * 6000, ""), ("猫", "犬\n")])
 def test_the_drawing_of_the_confusion_opens(tmp_path, names):
     evaluation.draw_confusion([[7, 1], [0, 1_234_567]], names, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as image:
