@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def run(*command, timeout=120):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
+@contextmanager
+def started(*command):
+    """A process that is told to end when the test ends before it does."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
 def last_arrays(run_folder):
     newest = sorted((Path(run_folder) / "checkpoints").glob("step-*"))[-1]
     with np.load(newest / "arrays.npz") as arrays:
@@ -129,12 +142,11 @@ def test_horovodrun_and_mpirun_from_outside_give_the_same_weights(folder):
                                                    (2, signal.SIGINT)])
 def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(folder, processes, number):
     common = ["./tiny.py", "--np", str(processes), "--epochs", "100", "--set", "dropout=0.3"]
-    stopped = subprocess.Popen([HPCAI, "train", *common, "--output", "stopped"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
     events = folder / "stopped" / "events.jsonl"
-    wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 4, stopped)
-    stopped.send_signal(number)
-    output, errors = stopped.communicate(timeout=60)
+    with started(HPCAI, "train", *common, "--output", "stopped") as stopped:
+        wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 4, stopped)
+        stopped.send_signal(number)
+        output, errors = stopped.communicate(timeout=60)
     assert stopped.returncode == 75, errors
     assert output == ""
     assert "hpcai train --resume stopped" in errors
@@ -171,12 +183,11 @@ def test_the_first_failing_rank_is_named(folder):
 
 @needs_horovod
 def test_a_rank_that_is_killed_fails_the_job(folder):
-    job = subprocess.Popen([HPCAI, "train", "./tiny.py", "--np", "2", "--epochs", "100000", "--output", "killed"],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events = folder / "killed" / "events.jsonl"
-    wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job)
-    os.kill(process_of_rank(1, str(folder)), signal.SIGKILL)
-    _, errors = job.communicate(timeout=90)
+    with started(HPCAI, "train", "./tiny.py", "--np", "2", "--epochs", "100000", "--output", "killed") as job:
+        wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job)
+        os.kill(process_of_rank(1, str(folder)), signal.SIGKILL)
+        _, errors = job.communicate(timeout=90)
     assert job.returncode == 1, errors
     assert json.loads((folder / "killed" / "failure.json").read_text())["exit_code"] == 1
 

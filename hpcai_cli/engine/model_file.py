@@ -82,16 +82,21 @@ def check(path: Path, *, trust: bool = False) -> None:
                         mend=f"finish the training with `hpcai train --resume {path.parent}`", received=str(path))
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            if set(sizes) != MEMBERS or len(sizes) != len(archive.infolist()):
-                raise ValueError(f"it holds {', '.join(sorted(sizes)) or 'nothing'}")
-            if sizes["config.json"] > LARGEST_CONFIG or sizes["model.weights.h5"] > LARGEST_WEIGHTS:
-                raise ValueError("its parts are larger than any real model's")
+            parts = archive.infolist()
+            sizes = {part.filename: part.file_size for part in parts}
+            if set(sizes) != MEMBERS or len(sizes) != len(parts):
+                raise ValueError(f"it holds {', '.join(sorted(sizes)[:5]) or 'nothing'}")
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                # A few kilobytes could unpack to more than the memory holds.
+                raise ValueError("its parts are packed, which Keras never does")
+            if (sizes["config.json"] > LARGEST_CONFIG or sizes["model.weights.h5"] > LARGEST_WEIGHTS
+                    or sum(sizes.values()) > path.stat().st_size):
+                raise ValueError("its parts are larger than the file, or than any real model's")
             if not trust:
                 _check_config(json.loads(archive.read("config.json")))
             with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as weights:
-                _check_weights(weights)
-    except (OSError, ValueError, KeyError, RuntimeError, RecursionError, zipfile.BadZipFile) as error:
+                _check_weights(weights, sizes["model.weights.h5"])
+    except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no model file that can be trusted: {error}",
                         expected="a model.keras from `hpcai train`") from None
 
@@ -111,23 +116,33 @@ def _check_config(config: object) -> None:
 
 
 def _check_class(value: dict) -> None:
-    name, module = value["class_name"], value.get("module")
+    name, module = str(value["class_name"]), value.get("module")
     if name in _MARKERS and module is None:
         return
-    if (module, name) not in ALLOWED or value.get("registered_name") not in (None, name):
+    if (str(module), name) not in ALLOWED or value.get("registered_name") not in (None, name):
         raise ValueError(f"it names the class {module}.{name}, which is not on the list of allowed ones; if the "
                          "file is your own, add --trust-model")
 
 
-def _check_weights(group: h5py.Group) -> None:
-    """Refuse links and storage outside the file, and shapes beyond the file's size."""
-    for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"its weights have a link at {name}")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            _check_weights(item)
-        elif item.is_virtual or item.external:
-            raise ValueError(f"its weights keep {name} outside the file")
-        elif item.size * item.dtype.itemsize > LARGEST_WEIGHTS:
-            raise ValueError(f"its weights say that {name} is larger than any real model's")
+def _check_weights(weights: h5py.File, size: int) -> None:
+    """Refuse links and storage outside the file, and datasets that are more than the file is long."""
+    pending, seen, total = [weights], set(), 0
+    while pending:
+        group = pending.pop()
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"its weights have a link at {name}")
+            item = group[name]
+            # Each object once: with two links from each group to the next, the paths would double at every level.
+            address = h5py.h5o.get_info(item.id).addr
+            if address in seen:
+                raise ValueError(f"its weights have {name} in two places")
+            seen.add(address)
+            if isinstance(item, h5py.Group):
+                pending.append(item)
+                continue
+            if not isinstance(item, h5py.Dataset) or item.is_virtual or item.external:
+                raise ValueError(f"its weights keep {name} outside the file")
+            total += (item.size or 0) * item.dtype.itemsize
+            if item.dtype.kind == "O" or total > size:
+                raise ValueError(f"its weights say that {name} is larger than the file")

@@ -91,7 +91,7 @@ def checked(recipe: Recipe, splits: object) -> dict[str, tuple[np.ndarray, np.nd
             continue
         try:
             inputs, labels = pair
-            shape, count, _ = tuple(inputs.shape[1:]), len(inputs), labels.dtype.kind
+            shape, count, labeled = tuple(inputs.shape[1:]), len(inputs), (labels.shape, labels.dtype.kind)
         except (TypeError, ValueError, AttributeError):
             problems.append(f"{name} is no pair of arrays")
             continue
@@ -99,7 +99,7 @@ def checked(recipe: Recipe, splits: object) -> dict[str, tuple[np.ndarray, np.nd
             problems.append(f"{name} has examples of shape {shape} where the recipe has {recipe.input_shape}")
         if inputs.dtype.name not in ("uint8", "float32"):
             problems.append(f"{name} has inputs of type {inputs.dtype} where uint8 and float32 can be stored")
-        if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        if labeled not in (((count,), "i"), ((count,), "u")):
             problems.append(f"{name} has labels {labels.dtype} {labels.shape} for {count} examples")
         elif not count:
             problems.append(f"{name} is empty")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from hpcai_cli.engine import store, training
+from hpcai_cli.engine import pipeline, store, training
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run
@@ -16,6 +16,8 @@ from hpcai_cli.run import Run
 COUNTS = {"train": 200, "validation": 60, "test": 70}
 STEPS = 13
 """Steps in an epoch: 200 examples in batches of 16, the last of them padded."""
+TWO_STEPS = 2 * 16 * 16
+"""Bytes of two steps' examples."""
 
 
 def tiny_examples(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -71,5 +73,7 @@ class Tiny:
 
 
 @pytest.fixture
-def tiny(tmp_path) -> Tiny:
+def tiny(tmp_path, monkeypatch) -> Tiny:
+    # An epoch is several blocks, as it is with real data, so that there is something to stop between.
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", TWO_STEPS)
     return Tiny(tmp_path)

@@ -23,17 +23,23 @@ def split(count: int) -> Split:
     return Split(np.arange(count, dtype=np.float32).reshape(count, 1), np.arange(count), None, 0)
 
 
-def epoch(count: int, size: int, *, seed: int = 5, number: int = 0, cursor: int = 0, steps: int | None = None) -> list:
-    """Return per step and rank the inputs, labels and weights as lists, and the cursor after the step."""
+def epoch(count: int, size: int, *, seed: int = 5, number: int = 0, cursor: int = 0, steps: int | None = None,
+          single_first: bool = False) -> list:
+    """Return per step and rank the inputs, labels and weights, and the cursor after the step."""
     ranks = []
     for rank in range(size):
         pipeline = Pipeline(split(count), batch_size=BATCH, seed=seed, rank=rank, size=size)
-        taken = []
-        for batch in pipeline.batches(number, cursor):
-            taken.append((batch.inputs[:, 0].tolist(), batch.labels.tolist(), batch.weights.copy(), batch.cursor))
-            if len(taken) == steps:
-                break
-        ranks.append(taken)
+        taken, done, shapes = [], cursor, set()
+        for block in pipeline.blocks(number, cursor, single_first=single_first):
+            shapes.add((block.inputs.shape, block.labels.shape, block.weights.shape))
+            if single_first and not taken:
+                assert len(block.examples) == 1
+            for place, in_step in enumerate(block.examples):
+                done += in_step
+                taken.append((block.inputs[place, :, 0].tolist(), block.labels[place].tolist(),
+                              block.weights[place].copy(), done))
+        assert len(shapes) <= 1, "TensorFlow would compile again for another shape"
+        ranks.append(taken[:steps])
     assert len({len(taken) for taken in ranks}) == 1, "a rank runs another number of steps than the others"
     return list(zip(*ranks, strict=True))
 
@@ -60,6 +66,7 @@ def test_each_example_once_per_epoch(count, size, gathered):
             assert inputs == labels
             assert len(labels) == len(weights) == BATCH
             assert weights.dtype == np.float32
+    assert str(epoch(count, size, single_first=True)) == str(steps)
     assert [step[0][3] for step in steps] == [min(count, BATCH * size * (number + 1)) for number in range(len(steps))]
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hpcai_cli.engine import checkpoint, training
+from hpcai_cli.engine import checkpoint, pipeline, training
 from hpcai_cli.errors import EXIT_STOPPED, DataError, StoppedEarly
 
 TIMES = ("seconds", "images_per_second")
+LOOKS = 8
+"""Blocks in an epoch of the tiny training: at each of them the wish to stop is looked at, and once when it ends."""
 
 
 class StopAfter:
@@ -62,10 +64,9 @@ def noise(images, seed):
     {"dropout": 0.5, "augment": noise, "optimizer": "sgd", "warmup_epochs": 1.5, "clip_norm": 0.5, "seed": 2**32 - 1},
     {"optimizer": "lamb", "accumulation_steps": 2, "weight_decay": 0.01},
 ], ids=["plain", "dropout", "everything random", "accumulation"])
-def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, settings):
-    training.train(tiny.job("whole", **settings), resume=False)
+def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settings):
     steps = 7 if "accumulation_steps" in settings else tiny.steps
-    error = stopped_at(tiny, steps + 4, **settings)
+    error = stopped_at(tiny, 12, **settings)
     state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
     assert state.epoch == 1
     assert steps < state.step < 2 * steps
@@ -75,6 +76,9 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, settings):
                                  f"with `hpcai train --resume {tiny.folder / 'stopped'}`")
     assert not (tiny.folder / "stopped" / "model.keras").exists()
     training.train(tiny.job("stopped", **settings), resume=True)
+    # The undisturbed run gathers and trains its steps in other portions, which must change nothing either.
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1 << 20)
+    training.train(tiny.job("whole", **settings), resume=False)
     assert_same(tiny, "stopped")
     assert [event["event"] for event in tiny.events("stopped")][:6] == [
         "started", "epoch", "checkpoint", "checkpoint", "stopped", "resumed"]
@@ -86,7 +90,7 @@ def test_stopped_again_and_again(tiny):
     stops = 1
     while stops < 50:
         try:
-            training.train(tiny.job("stopped", stop=StopAfter(6), dropout=0.3), resume=True)
+            training.train(tiny.job("stopped", stop=StopAfter(3), dropout=0.3), resume=True)
             break
         except StoppedEarly:
             stops += 1
@@ -94,17 +98,19 @@ def test_stopped_again_and_again(tiny):
     assert_same(tiny, "stopped")
 
 
-def test_stopped_while_an_epoch_ends(tiny):
+@pytest.mark.parametrize("looks", [LOOKS - 1, LOOKS], ids=["in the last step", "in the validation"])
+def test_stopped_while_an_epoch_ends(tiny, looks):
     training.train(tiny.job("whole", epochs=2), resume=False)
-    stopped_at(tiny, tiny.steps - 1, epochs=2)
+    stopped_at(tiny, looks, epochs=2)
     state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
     assert (state.epoch, state.cursor, state.sums) == (1, 0, [0.0, 0.0])
     training.train(tiny.job("stopped", epochs=2), resume=True)
     assert_same(tiny, "stopped")
 
 
-def test_a_wish_to_stop_in_the_last_step_lets_the_training_finish(tiny):
-    result = training.train(tiny.job("late", epochs=1, stop=StopAfter(tiny.steps - 1)), resume=False)
+@pytest.mark.parametrize("looks", [LOOKS - 1, LOOKS])
+def test_a_wish_to_stop_in_the_last_step_lets_the_training_finish(tiny, looks):
+    result = training.train(tiny.job("late", epochs=1, stop=StopAfter(looks)), resume=False)
     assert result["epochs"] == 1
     assert (tiny.folder / "late" / "model.keras").exists()
 
@@ -113,7 +119,7 @@ def test_early_stopping_goes_on_where_it_was(tiny):
     data = tiny.data("wrong.h5", wrong_validation=True)
     settings = {"data": data, "epochs": 9, "early_stopping_patience": 2}
     whole = training.train(tiny.job("whole", **settings), resume=False)
-    stopped_at(tiny, tiny.steps + 5, **settings)
+    stopped_at(tiny, 12, **settings)
     resumed = training.train(tiny.job("stopped", **settings), resume=True)
     assert (resumed["best_epoch"], resumed["epochs"]) == (whole["best_epoch"], whole["epochs"]) == (1, 3)
     assert_same(tiny, "stopped")
@@ -121,7 +127,7 @@ def test_early_stopping_goes_on_where_it_was(tiny):
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tiny, capsys):
     training.train(tiny.job("whole"), resume=False)
-    stopped_at(tiny, tiny.steps + 5)
+    stopped_at(tiny, 12)
     newest = max((tiny.folder / "stopped" / "checkpoints").iterdir())
     (newest / "arrays.npz").write_bytes(b"")
     training.train(tiny.job("stopped"), resume=True)
@@ -149,7 +155,7 @@ def test_more_epochs_than_at_first_go_on(tiny):
 
 
 def test_other_data_and_another_model_are_refused(tiny):
-    stopped_at(tiny, tiny.steps + 5)
+    stopped_at(tiny, 12)
     before = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")[0].step
     other = tiny.data("other.h5", wrong_validation=True)
     with pytest.raises(DataError, match="the dataset file is not the one that the run began with"):

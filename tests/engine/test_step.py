@@ -10,7 +10,8 @@ from keras import layers
 
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.model import build
-from hpcai_cli.engine.step import build_optimizer, compile_step
+from hpcai_cli.engine.pipeline import Block
+from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.recipe import Recipe
 
 RECIPE = Recipe(name="tiny", summary="", input_shape=(6,), num_classes=3, inputs="features", batch_size=4,
@@ -40,14 +41,21 @@ def examples(count: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return source.normal(size=(count, 6)).astype(np.float32), source.integers(0, 3, count)
 
 
-def run(recipe: Recipe, batches: list, *, build_model=linear, optimizer=None, augment=None):
-    """Train on the batches (inputs, labels, weights), and return the model, the optimizer and each step's sums."""
+def run(recipe: Recipe, batches: list, *, build_model=linear, optimizer=None, augment=None, together: int = 1,
+        stop: float = 0.0):
+    """Train on the batches (inputs, labels, weights), some per call; return model, optimizer and each step's sums."""
     model = build(recipe, build_model)
     optimizer = optimizer or build_optimizer(recipe, steps_per_epoch=10, size=1)
     optimizer.build(model.trainable_variables)
-    step = compile_step(model, optimizer, recipe, Serial(), dtype="float32", augment=augment)
-    sums = [step(tf.constant(inputs), tf.constant(labels), tf.constant(weights), tf.constant([0, number], tf.int32),
-                 tf.constant(0.0)).numpy() for number, (inputs, labels, weights) in enumerate(batches)]
+    buffers = [np.stack([array] * together) for array in batches[0]]
+    steps = compile_steps(model, optimizer, recipe, Serial(), block=Block(*buffers, [4]), augment=augment)
+    sums = []
+    for first in range(0, len(batches), together):
+        some = batches[first:first + together]
+        for buffer, arrays in zip(buffers, zip(*some, strict=True), strict=True):
+            buffer[:len(some)] = arrays
+        found = steps(*map(tf.constant, buffers), tf.constant([7, first]), tf.constant(stop), tf.constant(len(some)))
+        sums += list(found.numpy()[:len(some)])
     return model, optimizer, sums
 
 
@@ -128,18 +136,33 @@ def test_augmentation_sees_the_step_s_seed():
 
     inputs, labels = examples(4)
     _, _, sums = run(RECIPE, [even(inputs, labels)] * 2, augment=augment)
-    assert seen == [[0, 0], [0, 1]]
+    assert seen == [[7, 0], [7, 1]]
     assert sums[0][0] == pytest.approx(math.log(3), rel=1e-5)
 
 
-def test_the_wish_to_stop_comes_back_with_the_sums():
-    model = build(RECIPE, linear)
-    optimizer = build_optimizer(RECIPE, steps_per_epoch=10, size=1)
-    optimizer.build(model.trainable_variables)
-    step = compile_step(model, optimizer, RECIPE, Serial(), dtype="float32")
-    inputs, labels, weights = map(tf.constant, even(*examples(4)))
-    for stop in (0.0, 1.0):
-        assert float(step(inputs, labels, weights, tf.constant([0, 0]), tf.constant(stop))[2]) == stop
+@pytest.mark.parametrize("stop", [0.0, 1.0])
+def test_the_wish_to_stop_comes_back_with_the_sums(stop):
+    _, _, sums = run(RECIPE, [even(*examples(4))] * 3, stop=stop, together=3)
+    assert [row[2] for row in sums] == [stop] * 3
+
+
+@pytest.mark.parametrize("together", [2, 3, 7])
+def test_steps_in_a_row_change_no_bit(together):
+    """With everything that is random or has a state: dropout, augmentation, momenta, a schedule."""
+    def augment(inputs, seed):
+        return inputs + tf.random.stateless_normal(tf.shape(inputs), seed, stddev=0.1)
+
+    def build_model(recipe):
+        return keras.Sequential([keras.Input(recipe.input_shape), layers.Dense(8), layers.BatchNormalization(),
+                                 layers.Dropout(0.5), layers.Dense(recipe.num_classes)])
+
+    recipe = RECIPE.override({"optimizer": "adam", "schedule": "cosine", "warmup_epochs": "0.5", "clip_norm": "1"})
+    batches = [even(*examples(4, seed)) for seed in range(7)]
+    alone, _, sums = run(recipe, batches, build_model=build_model, augment=augment)
+    model, _, others = run(recipe, batches, build_model=build_model, augment=augment, together=together)
+    np.testing.assert_array_equal(others, sums)
+    for one, other in zip(alone.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
 
 
 def test_bfloat16_trains_float32_variables(precision):

@@ -132,12 +132,11 @@ def test_a_loss_that_is_no_number_ends_the_training_and_names_the_step(tiny):
     assert not job.run.result_file.exists()
 
 
-@pytest.mark.parametrize("without", [(), ("validation",)])
-@pytest.mark.parametrize(("size", "words"), [(3e38, "weights in .* are no numbers"), (1e36, "validation loss is nan")])
+@pytest.mark.parametrize(("without", "size", "words"), [
+    ((), 3e38, "weights in .* are no numbers"), (("validation",), 3e38, "weights in .* are no numbers"),
+    ((), 1e36, "validation loss is nan")])
 def test_a_model_that_is_ruined_by_the_last_step_is_not_saved(tiny, without, size, words):
     """The loss of a step is that of the weights before its update: it alone would let the model through."""
-    if without and size < 3e38:
-        pytest.skip("large weights are still numbers, and there is no validation loss")
     job = tiny.job(data=tiny.data("less.h5", without=without), build_model=linear, batch_size=200, epochs=1,
                    optimizer="sgd", learning_rate=size, momentum=0.0, schedule="constant")
     with pytest.raises(DivergedError, match=f"{words} after step 1; expected a finite number.*learning_rate") as caught:
