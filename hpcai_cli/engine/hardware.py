@@ -10,15 +10,21 @@ from hpcai_cli.engine import machine
 from hpcai_cli.errors import MissingError
 
 
-def threads_per_rank(local_size: int) -> int:
-    """Return how many threads one rank's operations may use.
+def share_cores(*, local_rank: int, local_size: int) -> int:
+    """Give this rank its share of the host's cores, and return how many they are.
 
-    TensorFlow's threads starve Horovod's own, so the ranks of a host share its cores. A launcher that has bound each
-    rank to cores of its own (mpirun, srun) has done the sharing already.
+    TensorFlow's threads starve Horovod's own, so the ranks of a host share its cores, and each stays on its own: ranks
+    that wander between cores lose their caches at every step. A launcher that has bound each rank already (mpirun,
+    srun) has done the sharing.
     """
-    cores = machine.cores()
-    bound = local_size > 1 and cores < (os.cpu_count() or 1)
-    return cores if bound else max(1, cores // local_size)
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, machine.cores() // local_size)
+    if local_size == 1 or len(cores) < (os.cpu_count() or 1):
+        return machine.cores()
+    if share * local_size <= len(cores):
+        # Only this thread and those that it will start: Horovod's, which is running, may go wherever there is room.
+        os.sched_setaffinity(0, cores[local_rank * share:(local_rank + 1) * share])
+    return share
 
 
 def set_up(*, local_rank: int, local_size: int) -> int:
@@ -27,7 +33,7 @@ def set_up(*, local_rank: int, local_size: int) -> int:
     Raises:
         MissingError: the host has GPUs, but fewer than local ranks.
     """
-    threads = threads_per_rank(local_size)
+    threads = share_cores(local_rank=local_rank, local_size=local_size)
     gpus = tf.config.list_physical_devices("GPU")
     if gpus and local_rank >= len(gpus):
         raise MissingError(f"{local_size} ranks on this host share {len(gpus)} GPUs", expected="one GPU per local rank",
