@@ -66,11 +66,9 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     policy, reason = hardware.choose_precision(request.recipe.precision)
     hardware.set_precision(policy)
-    folder, file = distributed.on_rank_zero(ranks, lambda: _prepared(request))
+    facts = {"world_size": ranks.size, "threads_per_rank": threads, "precision": policy, "precision_reason": reason}
+    folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
-    if ranks.rank == 0:
-        _describe(run, request, dataset, {"world_size": ranks.size, "threads_per_rank": threads, "precision": policy,
-                                          "precision_reason": reason})
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
     try:
@@ -87,8 +85,10 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     return result
 
 
-def _prepared(request: Request) -> list[str]:
+def _described(request: Request, facts: dict) -> list[str]:
+    """Prepare the run and describe it in its folder, before any other rank can have something to write there."""
     run, file = prepare(request)
+    _describe(run, request, Dataset(file), facts)
     return [str(run.folder), str(file)]
 
 

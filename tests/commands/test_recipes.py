@@ -130,7 +130,7 @@ def test_a_valid_recipe_without_a_sample(hpcai, wool):
     ("    import keras\n", "    raise KeyError('layers')\n", 2, "build_model fails; expected a Keras model; received: "
                                                               "\"KeyError: 'layers'\""),
     ("    import keras\n", "    return 3\n", 2, "build_model gives no model; expected a keras.Model; received: 'int'"),
-    ("recipe.num_classes)", "5)", 2, "outputs of shape (5,); expected (2,), one logit per class"),
+    ("recipe.num_classes)", "5)", 2, "outputs of another shape; expected (2,), one logit per class"),
     ("keras.Input(recipe.input_shape)", "keras.Input((7,))", 2, "does not take its input_shape (4,)"),
     (", keras.layers.Dense(recipe.num_classes)", ", keras.layers.Reshape((2, 2)), keras.layers.GlobalMaxPooling1D()", 2,
      "nothing to train"),
