@@ -5,7 +5,8 @@ RUN := build/demo
 .PHONY: demo test install horovod lint format bench wheel clean
 
 demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
-	rm -rf $(RUN) && $(BIN)/hpcai train mnist --epochs 12 --output $(RUN)
+	rm -rf $(RUN) && $(BIN)/hpcai preprocess mnist --source sample --output build/sample.h5 --force
+	$(BIN)/hpcai train mnist --data build/sample.h5 --epochs 12 --output $(RUN)
 	$(BIN)/hpcai evaluate $(RUN) --require "accuracy>=0.95"
 	$(BIN)/hpcai predict $(RUN) tests/digit.png
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hpcai_cli import catalog, console, launch, options
-from hpcai_cli.errors import GateError, HpcaiError, UsageError
+from hpcai_cli.errors import DataError, GateError, HpcaiError, UsageError
 from hpcai_cli.run import Run, write_json
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
@@ -89,7 +89,10 @@ def _evaluate_here(run: Run, data: Path | None, split_name: str, trust_model: bo
     _check_names(conditions, evaluation.METRICS)
     hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     dataset = Dataset(data or Path(manifest["data"]))
-    check_fits(dataset, recipe)
+    check_fits(dataset, recipe, training=False)
+    if list(dataset.class_names) != manifest.get("class_names"):
+        raise DataError("the data file names other classes than the run was trained on",
+                        expected=", ".join(manifest.get("class_names", [])), received=", ".join(dataset.class_names))
     split = dataset.split(split_name)
     if trust_model:
         # Classes of the user's own are registered by the module that defines them.

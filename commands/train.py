@@ -8,7 +8,7 @@ import typer
 from hpcai_cli import catalog, console, launch, options
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
-from hpcai_cli.run import Run
+from hpcai_cli.run import Run, read_json
 from hpcai_cli.signals import StopRequest
 
 
@@ -51,6 +51,9 @@ def train(
              "seed": seed}
     assignments = {**(read_values(from_file) if from_file else {}), **parse_assignments(settings or []),
                    **{name: str(value) for name, value in short.items() if value is not None}}
+    if any(pair.replace("-", "_").startswith("validation_fraction=") for pair in settings or []):
+        raise UsageError("validation_fraction decides what is in the data file, and train only reads it",
+                         mend="give it to `hpcai preprocess`")
     entry, chosen = _entry_and_recipe(recipe, resume, output, assignments)
     if tensorboard and launch.missing_package("tensorboard"):
         raise MissingError("--tensorboard needs a package that is not installed",
@@ -113,5 +116,9 @@ def _start_ranks(np: int, prepared: tuple[Run, Path], request, assignments: dict
                            received=outcome.launcher_words)
         run.record_failure(rank=outcome.rank, error=error, exit_code=error.exit_code)
         raise error
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
+    code = outcome.exit_code
+    if code not in (0, EXIT_STOPPED) and run.failure_file.is_file():
+        # The ranks' own record is the truth: which of them the launcher sees end first is a race.
+        code = read_json(run.failure_file).get("exit_code", code)
+    if code:
+        raise typer.Exit(code)

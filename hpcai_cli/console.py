@@ -125,7 +125,7 @@ class Progress:
         if not self._silent:
             self._stream = _terminal()
             if self._stream is not None:
-                self._bar, self._task = _bar(self._stream, description, total)
+                self._bar, self._task = _bar(self._stream, description, total, done)
 
     def update(self, completed: int, text: Callable[[], str] = str) -> None:
         """Set how many units are done; `text` gives a short text such as the loss so far, when one is drawn."""
@@ -187,7 +187,7 @@ def _terminal():
     return None
 
 
-def _bar(stream, description: str, total: int | None):
+def _bar(stream, description: str, total: int | None, done: int):
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
@@ -195,7 +195,7 @@ def _bar(stream, description: str, total: int | None):
     bar = RichProgress(TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
                        TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
                        console=Console(file=stream, force_terminal=True), auto_refresh=False, transient=True)
-    task = bar.add_task(description, total=total, text="")
+    task = bar.add_task(description, total=total, completed=done, text="")
     bar.start()
     return bar, task
 

@@ -30,6 +30,10 @@ class _FrontDoor(TyperGroup):
         # TensorFlow reads these when it loads; whatever the user has set stays.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                # A file name need not be valid text; it is printed as the bytes that it is.
+                stream.reconfigure(errors="surrogateescape")
         try:
             return super().main(*args, **kwargs)
         except HpcaiError as error:

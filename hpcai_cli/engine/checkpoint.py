@@ -56,6 +56,9 @@ def save(folder: Path, state: State) -> Path:
     name = f"step-{state.step:08d}"
     temporary = folder / f".{name}.{os.getpid()}.part"
     try:
+        for left in folder.glob(".step-*.part"):
+            # A save that was killed; in a container the next one may have the same name.
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         with (temporary / "arrays.npz").open("wb") as stream:
             np.savez(stream, **state.arrays)

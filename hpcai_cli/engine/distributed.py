@@ -134,6 +134,8 @@ def on_rank_zero(ranks: Serial | Horovod, function: Callable):
             outcome = {"value": function()}
         except HpcaiError as error:
             outcome = {"kind": type(error).__name__, "message": str(error)}
+        except OSError as error:
+            outcome = {"kind": "HpcaiError", "message": f"cannot write: {error}"}
     outcome = ranks.broadcast_json(outcome)
     if "kind" in outcome:
         error = getattr(errors, outcome["kind"])(outcome["message"])

@@ -5,7 +5,7 @@ import os
 import keras
 import tensorflow as tf
 
-from hpcai_cli import console
+from hpcai_cli import console, launch
 from hpcai_cli.engine import machine
 from hpcai_cli.errors import MissingError
 
@@ -19,7 +19,9 @@ def share_cores(*, local_rank: int, local_size: int) -> int:
     """
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, machine.cores() // local_size)
-    if local_size == 1 or len(cores) < (os.cpu_count() or 1):
+    # horovodrun binds nobody: fewer cores than the machine has are then the whole job's allocation.
+    bound = len(cores) < (os.cpu_count() or 1) and launch.place().launcher != "horovodrun"
+    if local_size == 1 or bound:
         return machine.cores()
     if share * local_size <= len(cores):
         # Only this thread and those that it will start: Horovod's, which is running, may go wherever there is room.
@@ -35,16 +37,18 @@ def set_up(*, local_rank: int, local_size: int) -> int:
     """
     threads = share_cores(local_rank=local_rank, local_size=local_size)
     gpus = tf.config.list_physical_devices("GPU")
-    if gpus and local_rank >= len(gpus):
+    # A scheduler that gives each task a GPU of its own shows each task one, by the number 0.
+    mine = 0 if len(gpus) == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank
+    if gpus and mine >= len(gpus):
         raise MissingError(f"{local_size} ranks on this host share {len(gpus)} GPUs", expected="one GPU per local rank",
                            mend="start fewer ranks here, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1")
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
         if gpus:
-            tf.config.set_visible_devices(gpus[local_rank], "GPU")
+            tf.config.set_visible_devices(gpus[mine], "GPU")
             # Without memory growth TensorFlow takes the whole card, and a server beside the training finds none.
-            tf.config.experimental.set_memory_growth(gpus[local_rank], True)
+            tf.config.experimental.set_memory_growth(gpus[mine], True)
     except RuntimeError:
         # TensorFlow runs already, as when one Python process trains twice: its threads stay as they are.
         console.note("TensorFlow is running already; its threads and devices stay as they are")

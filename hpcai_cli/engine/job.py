@@ -1,5 +1,6 @@
 """A training from the request to the result: checks, run folder, ranks, hardware, the loop, what went wrong."""
 
+import dataclasses
 import os
 import platform
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
-from hpcai_cli.engine.preprocessing import preprocess
+from hpcai_cli.engine.preprocessing import preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError
 from hpcai_cli.recipe import Recipe
@@ -64,19 +65,23 @@ def run_here(request: Request, stop: StopRequest) -> dict:
 
         ranks = distributed.start()
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
-    policy, reason = hardware.choose_precision(request.recipe.precision)
+    # Rank 0 chooses for all: in a mixed cluster the ranks would compute in different precisions, unseen by the proof.
+    policy, reason = ranks.broadcast_json(hardware.choose_precision(request.recipe.precision))
     hardware.set_precision(policy)
+    request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, precision=policy))
     facts = {"world_size": ranks.size, "threads_per_rank": threads, "precision": policy, "precision_reason": reason}
     folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
     try:
-        result = training.train(training.Job(request.recipe, run, dataset, ranks, request.build_model, request.augment,
-                                             stop, request.tensorboard), resume=request.resume is not None)
+        job = training.Job(request.recipe, run, dataset, ranks, request.build_model, request.augment, stop,
+                           request.tensorboard, describe=lambda: _describe(run, request, dataset, facts))
+        result = training.train(job, resume=request.resume is not None)
     except Exception as error:
         code = error.exit_code if isinstance(error, HpcaiError) else 1
-        if code != EXIT_STOPPED:
+        # What fails on all ranks alike is rank 0's to record.
+        if code != EXIT_STOPPED and (ranks.rank == 0 or not getattr(error, "collective", False)):
             run.record_failure(rank=ranks.rank, error=error, exit_code=code)
         if isinstance(error, HpcaiError) and error.collective:
             ranks.stop()
@@ -88,7 +93,9 @@ def run_here(request: Request, stop: StopRequest) -> dict:
 def _described(request: Request, facts: dict) -> list[str]:
     """Prepare the run and describe it in its folder, before any other rank can have something to write there."""
     run, file = prepare(request)
-    _describe(run, request, Dataset(file), facts)
+    run.failure_file.unlink(missing_ok=True)
+    if not request.resume:
+        _describe(run, request, Dataset(file), facts)
     return [str(run.folder), str(file)]
 
 
@@ -105,7 +112,8 @@ def _default_data(request: Request) -> Path:
     if request.sample is None:
         raise UsageError(f"{file} does not exist and recipe {name} has no built-in sample",
                          expected="--data FILE.h5", mend=f"run `hpcai preprocess {name}`")
-    sample = cache_folder() / "samples" / f"{name}.h5"
+    # Named by its code too: people change the sample of a recipe of their own, and two files may have one name.
+    sample = cache_folder() / "samples" / f"{name}-{reader_digest(request.sample)}.h5"
     console.note(f"no --data and no {file}: training on the built-in sample; `hpcai preprocess {name}` brings the "
                  "whole data")
     def write(force: bool) -> None:
@@ -122,7 +130,6 @@ def _default_data(request: Request) -> Path:
 
 def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None:
     """Write recipe.json, the whole truth of what is trained, and manifest.json, of where and with what."""
-    run.failure_file.unlink(missing_ok=True)
     write_json(run.recipe_file, request.recipe.to_json())
     write_json(run.manifest_file, {
         "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,

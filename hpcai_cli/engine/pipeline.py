@@ -99,8 +99,9 @@ class Pipeline:
         rows = order[start:start + self.batch_size]
         weights = np.zeros(labels.shape, np.float32)
         weights[0, :len(rows)] = self._size / (len(order) - cursor)
-        # Padding repeats examples that exist, so that it disturbs no statistics; its weight is 0.
-        self._split.gather(np.resize(rows if len(rows) else order[:1], self.batch_size), inputs[0], labels[0])
+        # Padding has weight 0, but batch normalization sees it: different examples, or their variance would be none.
+        padding = np.resize(np.roll(order, -self._rank * self.batch_size), self.batch_size - len(rows))
+        self._split.gather(np.concatenate([rows, padding]), inputs[0], labels[0])
         return Block(inputs, labels, weights, [len(order) - cursor])
 
 

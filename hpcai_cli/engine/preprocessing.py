@@ -1,6 +1,7 @@
 """From raw files to a proven dataset file, with a report of what was found."""
 
 import hashlib
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,8 @@ def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downl
         MissingError: the network was asked for and gave nothing.
     """
     started = time.monotonic()
-    options = {"validation_fraction": recipe.validation_fraction, "seed": recipe.seed}
+    options = {"validation_fraction": recipe.validation_fraction, "seed": recipe.seed,
+               "reader": reader_digest(sample if source == "sample" else load)}
     if source == "sample":
         if sample is None:
             raise UsageError(f"recipe {recipe.name} has no built-in sample", expected="a folder, archive or address",
@@ -33,6 +35,14 @@ def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downl
         return _write(recipe, sample, "sample", options, output, force, started, source)
     with open_source(source, downloads=downloads, cache=cache_folder()) as folder:
         return _write(recipe, lambda: load(folder), fingerprint(folder), options, output, force, started, source)
+
+
+def reader_digest(reader: Callable | None) -> str:
+    """Return a hash of a reader's code: a changed load or sample gives other data from the same source."""
+    try:
+        return hashlib.sha256(inspect.getsource(reader).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return ""
 
 
 def _write(recipe, read, source_fingerprint, options, output, force, started, source) -> dict:
@@ -44,7 +54,14 @@ def _write(recipe, read, source_fingerprint, options, output, force, started, so
                          "metrics": {"bytes": there.bytes, **_counts(there.counts),
                                      "seconds": round(time.monotonic() - started, 3)}}
     console.note(f"reading {source}")
-    splits = checked(recipe, read())
+    try:
+        read_splits = read()
+    except (HpcaiError, OSError):
+        raise
+    except Exception as error:
+        raise UsageError(f"recipe {recipe.name}: reading its data fails",
+                         received=f"{type(error).__name__}: {error}") from error
+    splits = checked(recipe, read_splits)
     duplicates, conflicts = _duplicates(splits)
     if recipe.validation_fraction and "validation" not in splits:
         splits = _set_aside(splits, recipe.validation_fraction, recipe.seed)

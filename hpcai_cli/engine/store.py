@@ -319,7 +319,7 @@ def verify(path: Path) -> Report:
                   {name: len(split) for name, split in dataset.splits.items()}, path.stat().st_size)
 
 
-def check_fits(dataset: Dataset, recipe: Recipe) -> None:
+def check_fits(dataset: Dataset, recipe: Recipe, *, training: bool = True) -> None:
     """Check that the data fit the recipe.
 
     Raises:
@@ -337,7 +337,7 @@ def check_fits(dataset: Dataset, recipe: Recipe) -> None:
                             f"{recipe.num_classes} classes")
     if len(dataset.class_names) != recipe.num_classes:
         problems.append(f"it names {len(dataset.class_names)} classes where the recipe has {recipe.num_classes}")
-    if recipe.early_stopping_patience and "validation" not in dataset.splits:
+    if training and recipe.early_stopping_patience and "validation" not in dataset.splits:
         problems.append("it has no validation split for early_stopping_patience to look at")
     if problems:
         raise DataError(f"{dataset.path} does not fit recipe {recipe.name}: {'; '.join(problems)}",

@@ -37,6 +37,8 @@ class Job:
     augment: Callable | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     tensorboard: bool = False
+    describe: Callable[[], None] = lambda: None
+    """Writes recipe.json and manifest.json of a resumed run, once it is known that the checkpoint fits."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Position:
     step: int = 0
     epoch: int = 0
     cursor: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])
     history: list[dict] = field(default_factory=list)
     best: dict = field(default_factory=dict)
 
@@ -79,6 +81,7 @@ class _Meter:
                                     mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
             self._at.sums[0] += loss * count
             self._at.sums[1] += round(right)
+            self._at.sums[2] += count
             self.stop_asked = self.stop_asked or stops > 0
 
 
@@ -102,6 +105,10 @@ def train(job: Job, *, resume: bool) -> dict:
     optimizer.build(model.trainable_variables)
     # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
     at = Position(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
+    place = at.epoch * pipeline.steps_per_epoch + -(-at.cursor // pipeline.global_batch_size)
+    if place != at.step:
+        # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
+        getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
     ranks.broadcast([*model.variables, *optimizer.variables])
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
@@ -113,17 +120,17 @@ def train(job: Job, *, resume: bool) -> dict:
            world_size=ranks.size)
 
     # ---- Train.
-    total = len(split) * recipe.epochs
+    total, first = len(split) * recipe.epochs, at.step + 1
     with console.progress("training", total=total, unit="images", done=at.epoch * len(split) + at.cursor) as shown:
         def after_block() -> None:
-            if at.step == 1:
+            if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
                 prove_in_step(ranks, weights, when="after the first step")
             shown.update(at.epoch * len(split) + at.cursor, lambda: _status(recipe, at))
 
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             epoch_started, cursor_started = time.monotonic(), at.cursor
-            blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step == 0)
+            blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step + 1 == first)
             stop_asked = run_blocks(job, at, steps, blocks, after_block)
             _prove_finite(model, at)
             if stop_asked and at.cursor < len(split):
@@ -181,6 +188,8 @@ def _resumed(job: Job, model, optimizer) -> dict:
         raise DataError("the dataset file is not the one that the run began with",
                         expected=f"fingerprint {state.fingerprint[:12]}", received=job.dataset.fingerprint[:12])
     restore(state.arrays, model, optimizer)
+    # Only now: a resume that is refused leaves the run's own description as it was.
+    job.describe()
     console.note(f"resuming at step {state.step}, epoch {state.epoch + 1} of {job.recipe.epochs}")
     return {key: value for key, value in vars(state).items() if key not in ("arrays", "fingerprint")}
 
@@ -225,7 +234,7 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float
     row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(seconds, 3),
             "images_per_second": round(examples / seconds, 1)}
     at.history.append(row)
-    at.epoch, at.cursor, at.sums = at.epoch + 1, 0, [0.0, 0.0]
+    at.epoch, at.cursor, at.sums = at.epoch + 1, 0, [0.0, 0.0, 0]
     _event(job, "epoch", **row)
     return row
 
@@ -308,10 +317,10 @@ def _event(job: Job, kind: str, **values) -> None:
 
 
 def _status(recipe: Recipe, at: Position) -> str:
-    if not at.cursor:
+    loss, right, examples = at.sums
+    if not examples:
         return ""
-    return (f"epoch {at.epoch + 1}/{recipe.epochs}  loss {at.sums[0] / at.cursor:.4f}  "
-            f"accuracy {at.sums[1] / at.cursor:.4f}")
+    return f"epoch {at.epoch + 1}/{recipe.epochs}  loss {loss / examples:.4f}  accuracy {right / examples:.4f}"
 
 
 def _sentence(recipe: Recipe, row: dict) -> str:

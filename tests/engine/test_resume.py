@@ -103,7 +103,7 @@ def test_stopped_while_an_epoch_ends(tiny, looks):
     training.train(tiny.job("whole", epochs=2), resume=False)
     stopped_at(tiny, looks, epochs=2)
     state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
-    assert (state.epoch, state.cursor, state.sums) == (1, 0, [0.0, 0.0])
+    assert (state.epoch, state.cursor, state.sums) == (1, 0, [0.0, 0.0, 0])
     training.train(tiny.job("stopped", epochs=2), resume=True)
     assert_same(tiny, "stopped")
 
