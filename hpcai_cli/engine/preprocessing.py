@@ -54,14 +54,7 @@ def _write(recipe, read, source_fingerprint, options, output, force, started, so
                          "metrics": {"bytes": there.bytes, **_counts(there.counts),
                                      "seconds": round(time.monotonic() - started, 3)}}
     console.note(f"reading {source}")
-    try:
-        read_splits = read()
-    except (HpcaiError, OSError):
-        raise
-    except Exception as error:
-        raise UsageError(f"recipe {recipe.name}: reading its data fails",
-                         received=f"{type(error).__name__}: {error}") from error
-    splits = checked(recipe, read_splits)
+    splits = checked(recipe, read())
     duplicates, conflicts = _duplicates(splits)
     if recipe.validation_fraction and "validation" not in splits:
         splits = _set_aside(splits, recipe.validation_fraction, recipe.seed)
