@@ -18,7 +18,7 @@ ENTRY_POINTS = "hpcai.recipes"
 """Entry point group under which an installed package offers recipe modules."""
 
 FUNCTIONS = {
-    "load": "load(source: pathlib.Path) -> the raw files' arrays by split",
+    "load": "load(source: pathlib.Path, recipe) -> the raw files' arrays by split",
     "build_model": "build_model(recipe) -> keras.Model",
 }
 """What a recipe module must define, unless it names another recipe's dataset, which then loads."""

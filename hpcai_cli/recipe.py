@@ -59,16 +59,20 @@ class Recipe:
     """The recipe's name on the command line, the same as its file's."""
     summary: str
     """One line for `hpcai recipes list`."""
-    input_shape: tuple[int, ...]
-    """Shape of one example, without the batch."""
-    num_classes: int = _number(0, least=2)
-    """Number of classes; labels are 0 to num_classes - 1."""
+    input_shape: tuple[int, ...] = ()
+    """Shape of one example, without the batch; empty takes the data's."""
+    task: str = _choice("classification", "classification", "regression")
+    """What the model answers: a class, or a number."""
+    num_classes: int = _number(0, least=0)
+    """Number of classes; labels are 0 to num_classes - 1. 0 takes the data's; regression has none."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in the order of their labels; the numbers themselves when empty."""
+    """Names of the classes in the order of their labels; when empty the data's, or the numbers themselves."""
     inputs: str = _choice("images", "images", "features")
     """What an example is, and its name in the dataset file."""
     dataset: str = ""
     """The recipe whose data this one trains on; its own when empty."""
+    test_fraction: float = _number(0.0, least=0.0, most=0.5)
+    """Share of the examples that preprocess sets aside for the test split, where the source brings none."""
     validation_fraction: float = _number(0.0, least=0.0, most=0.5)
     """Share of the training examples that preprocess sets aside to choose the best epoch by."""
     epochs: int = _number(1, least=1)
@@ -95,8 +99,14 @@ class Recipe:
     """Largest norm of the whole gradient; 0 leaves it as it is."""
     label_smoothing: float = _number(0.0, least=0.0, most=0.9)
     """Probability mass taken from the true class and spread over all (arXiv 1512.00567)."""
+    class_weights: str = _choice("none", "none", "balanced")
+    """Weights of the examples in the loss; balanced gives each class the same sum of weights."""
+    decision_threshold: str = _choice("half", "half", "f1")
+    """Of two classes, the probability from which on the second is the answer; f1 chooses the best F1 on validation."""
+    best_by: str = _choice("loss", "loss", "accuracy", "roc_auc")
+    """The validation figure that the best epoch is chosen by."""
     early_stopping_patience: int = _number(0, least=0)
-    """Epochs without a better validation loss after which training ends; 0 never ends it early."""
+    """Epochs without a better validation figure (best_by) after which training ends; 0 never ends it early."""
     precision: str = _choice("auto", "auto", "float32", "mixed_bfloat16", "mixed_float16")
     """Keras dtype policy; auto looks at the hardware and says why."""
     seed: int = _number(0, least=0, most=2**32 - 1)
@@ -111,9 +121,12 @@ class Recipe:
         if clashes:
             raise UsageError(f"recipe {self.name}: options {', '.join(clashes)} have the names of fields",
                              expected="names of their own")
-        if not self.input_shape or min(self.input_shape) < 1:
+        if min(self.input_shape, default=1) < 1:
             raise UsageError(f"recipe {self.name}: input_shape has no examples", expected="positive sizes",
                              received=self.input_shape)
+        if self.num_classes == 1 or self.num_classes and self.task == "regression":
+            raise UsageError(f"recipe {self.name}: num_classes is out of range", received=self.num_classes,
+                             expected="none for a regression" if self.task == "regression" else "2 or more, or 0")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UsageError(f"recipe {self.name}: class_names has {len(self.class_names)} names",
                              expected=f"num_classes = {self.num_classes} of them", received=list(self.class_names))

@@ -45,7 +45,7 @@ downloads = Downloads(
 )
 
 
-def load(source: Path) -> dict:
+def load(source: Path, recipe: Recipe) -> dict:
     """Read the IDX files below a folder.
 
     Returns:

@@ -15,7 +15,7 @@ from hpcai_cli.recipe import Recipe
 recipe = Recipe(name="{name}", summary="sheep and goats", input_shape=(4,), num_classes=2, inputs="features"{more})
 
 
-def load(source):
+def load(source, recipe):
     return {answer!r}
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_is_no_python(tmp_path):
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("recipe = ", "recipe = 1 / 0\nother = ", "(wool.py, line 5); expected a Python module without side effects; "
                                               "received: 'ZeroDivisionError: division by zero'"),
-    ("def load(source):", "def load(source:", "does not import (line 8)"),
+    ("def load(source, recipe):", "def load(source, recipe:", "does not import (line 8)"),
     ("recipe = ", "raise SystemExit(0)\nrecipe = ", "does not import (wool.py, line 5)"),
     ("recipe = Recipe(", "recipe = dict(", "it has no `recipe = Recipe(...)`"),
     ('name="wool"', 'name="cotton"', "its name is 'cotton' where its file says 'wool'"),

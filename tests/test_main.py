@@ -22,7 +22,7 @@ from hpcai_cli.recipe import Recipe
 recipe = Recipe(name="failing", summary="fails", input_shape=(4,), num_classes=2)
 
 
-def load(source):
+def load(source, recipe):
     raise {error}
 
 

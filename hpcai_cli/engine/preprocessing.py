@@ -34,7 +34,7 @@ def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downl
                              received=source)
         return _write(recipe, sample, "sample", options, output, force, started, source)
     with open_source(source, downloads=downloads, cache=cache_folder()) as folder:
-        return _write(recipe, lambda: load(folder), fingerprint(folder), options, output, force, started, source)
+        return _write(recipe, lambda: load(folder, recipe), fingerprint(folder), options, output, force, started, source)
 
 
 def reader_digest(reader: Callable | None) -> str:

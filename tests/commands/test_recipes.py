@@ -15,7 +15,7 @@ recipe = Recipe(name="wool", summary="sheep and goats", input_shape=(4,), num_cl
                 options={"units": 3})
 
 
-def load(source):
+def load(source, recipe):
     return {}
 
 

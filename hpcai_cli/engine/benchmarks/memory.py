@@ -26,7 +26,7 @@ recipe = Recipe(name="large", summary="for the memory benchmark", input_shape=(2
                 batch_size=32)
 
 
-def load(source):
+def load(source, recipe):
     return {}
 
 
