@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hpcai_cli import catalog, console, launch, options
+from hpcai_cli import catalog, console, launch, options, rank_processes
 from hpcai_cli.errors import DataError, GateError, HpcaiError, UsageError
 from hpcai_cli.run import Run, write_json
 
@@ -71,7 +71,7 @@ def _evaluate_in_ranks(np, run, data, split, require, trust_model, json) -> None
     arguments += [part for text in require for part in ("--require", text)]
     arguments += ["--trust-model"] if trust_model else []
     arguments += ["--json"] if json else []
-    outcome = launch.run_ranks(np, arguments)
+    outcome = rank_processes.run_ranks(np, arguments)
     if outcome.exit_code and not outcome.reported:
         raise HpcaiError("the ranks ended without a word of their own", mend="run it again with --verbose",
                          received=outcome.launcher_words)
@@ -84,12 +84,13 @@ def _evaluate_here(run: Run, data: Path | None, split_name: str, trust_model: bo
     with console.quiet():
         from hpcai_cli.engine import distributed, evaluation, hardware, model_file
         from hpcai_cli.engine.store import Dataset, check_fits
+        from hpcai_cli.engine.task import task_of
 
         ranks = distributed.start()
-    _check_names(conditions, evaluation.METRICS)
+    _check_names(conditions, evaluation.metric_names(recipe))
     hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     dataset = Dataset(data or Path(manifest["data"]))
-    check_fits(dataset, recipe, training=False)
+    recipe = check_fits(dataset, recipe, training=False)
     if list(dataset.class_names) != manifest.get("class_names"):
         raise DataError("the data file names other classes than the run was trained on",
                         expected=", ".join(manifest.get("class_names", [])), received=", ".join(dataset.class_names))
@@ -99,15 +100,17 @@ def _evaluate_here(run: Run, data: Path | None, split_name: str, trust_model: bo
         catalog.find(manifest["recipe_reference"])
     model = model_file.load(run.model_file, trust=trust_model)
     with console.progress("evaluating", total=-(-len(split) // ranks.size), unit="images") as shown:
-        scores = evaluation.logits(evaluation.forward(model), split, ranks, num_classes=recipe.num_classes,
-                                   on_batch=shown.update)
+        scores = evaluation.scores_of(evaluation.forward(model, recipe), split, ranks,
+                                      columns=task_of(recipe).columns, on_batch=shown.update)
+    threshold = run.decision_threshold()
     document = {"schema": "hpcai.evaluate/1", "command": "evaluate", "run": str(run.folder),
                 "data": str(dataset.path), "split": split_name, "examples": len(split),
-                **evaluation.classification_report(scores, split.labels, dataset.class_names)}
+                "decision_threshold": threshold, **evaluation.report(recipe, scores, split.labels, threshold)}
 
     def write() -> None:
         write_json(run.evaluation / "metrics.json", document)
-        evaluation.draw_confusion(document["confusion"], dataset.class_names, run.evaluation / "confusion.png")
+        if "confusion" in document:
+            evaluation.draw_confusion(document["confusion"], recipe.class_names, run.evaluation / "confusion.png")
 
     distributed.on_rank_zero(ranks, write)
     ranks.stop()
@@ -125,6 +128,8 @@ def _check_names(conditions, known: tuple[str, ...]) -> None:
 def _print(document: dict) -> None:
     console.table(f"{document['run']} on {document['examples']:,} examples of the {document['split']} split",
                   ("metric", "value"), list(document["metrics"].items()))
-    console.table("By class", ("class", "precision", "recall", "f1", "support"),
-                  [tuple(row.values()) for row in document["classes"]])
-    console.result(f"written: {document['run']}/evaluation/metrics.json, confusion.png")
+    if "classes" in document:
+        console.table("By class", ("class", "precision", "recall", "f1", "support"),
+                      [tuple(row.values()) for row in document["classes"]])
+    console.result(f"written: {document['run']}/evaluation/metrics.json"
+                   + (", confusion.png" if "confusion" in document else ""))

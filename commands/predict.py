@@ -44,15 +44,17 @@ def predict(
         catalog.find(manifest["recipe_reference"])
     model = model_file.load(opened.model_file, trust=trust_model)
     failed, reading = 0, True
-    for answer in prediction.predict(_names(files), run_forward=evaluation.forward(model), shape=recipe.input_shape,
-                                     class_names=tuple(manifest["class_names"])):
+    for answer in prediction.predict_images(
+            _names(files), run_forward=evaluation.forward(model, recipe), shape=recipe.input_shape,
+            class_names=recipe.class_names, threshold=opened.decision_threshold()):
         failed += "error" in answer
         if json:
             reading = console.result(json_module.dumps(answer))
         elif "error" in answer:
             console.note(f"{answer['file']}: {answer['error']}")
         else:
-            reading = console.result(f"{answer['file']}: {answer['label']} ({answer['probability']:.1%})")
+            said = f"{answer['label']} ({answer['probability']:.1%})" if "label" in answer else f"{answer['value']:g}"
+            reading = console.result(f"{answer['file']}: {said}")
         if not reading:
             break
     if failed:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hpcai_cli import catalog, console, launch, options
+from hpcai_cli import catalog, console, launch, options, rank_processes
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
 from hpcai_cli.run import Run, read_json
@@ -51,8 +51,10 @@ def train(
              "seed": seed}
     assignments = {**(read_values(from_file) if from_file else {}), **parse_assignments(settings or []),
                    **{name: str(value) for name, value in short.items() if value is not None}}
-    if any(pair.replace("-", "_").startswith("validation_fraction=") for pair in settings or []):
-        raise UsageError("validation_fraction decides what is in the data file, and train only reads it",
+    fractions = [name for name in ("test_fraction", "validation_fraction") for pair in settings or []
+                 if pair.replace("-", "_").startswith(f"{name}=")]
+    if fractions:
+        raise UsageError(f"{fractions[0]} decides what is in the data file, and train only reads it",
                          mend="give it to `hpcai preprocess`")
     entry, chosen = _entry_and_recipe(recipe, resume, output, assignments)
     if tensorboard and launch.missing_package("tensorboard"):
@@ -66,7 +68,7 @@ def train(
 
     source = entry.data_source()
     request = job.Request(chosen, entry.reference, entry.function("build_model"), entry.function("augment"),
-                          source.recipe, source.function("sample"), data, output, resume, tensorboard)
+                          entry.function("adapt"), source.recipe, source.function("sample"), data, output, resume, tensorboard)
     if np > 1:
         _start_ranks(np, job.prepare(request), request, assignments, json)
         return
@@ -108,9 +110,9 @@ def _start_ranks(np: int, prepared: tuple[Run, Path], request, assignments: dict
                  str(run.folder), *(["--tensorboard"] if request.tensorboard else []), *(["--json"] if json else [])]
     for key, value in assignments.items():
         arguments += ["--set", f"{key}={value}"]
-    outcome = launch.run_ranks(np, arguments)
+    outcome = rank_processes.run_ranks(np, arguments)
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        who = "horovodrun" if outcome.rank is None else f"rank {outcome.rank}"
+        who = "the launcher" if outcome.rank is None else f"rank {outcome.rank}"
         error = HpcaiError(f"{who} ended without a word of its own",
                            mend=f"run it again with --verbose, or go on with `hpcai train --resume {run.folder}`",
                            received=outcome.launcher_words)

@@ -90,6 +90,13 @@ class Run:
         """Read manifest.json."""
         return read_json(self.manifest_file)
 
+    def decision_threshold(self) -> float | None:
+        """Return the probability from which on the run answers the second of two classes; None for the likelier one."""
+        threshold = read_json(self.result_file).get("decision_threshold") if self.result_file.is_file() else None
+        if threshold is not None and not isinstance(threshold, float):
+            raise DataError(f"{self.result_file} holds no decision_threshold", expected="a number", received=threshold)
+        return threshold
+
     def event(self, kind: str, **values) -> None:
         """Append one line to events.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **values}, default=str)

@@ -88,11 +88,11 @@ def test_a_file_is_found_again_from_anywhere(tmp_path, monkeypatch):
 def test_two_files_of_one_name_stay_apart(tmp_path):
     first = catalog.find(str(write(tmp_path / "a/wool.py", answer="first")))
     second = catalog.find(str(write(tmp_path / "b/wool.py", answer="second")))
-    assert (first.function("load")(None), second.function("load")(None)) == ("first", "second")
+    assert (first.function("load")(None, None), second.function("load")(None, None)) == ("first", "second")
 
 
 def test_a_file_called_like_a_built_in_recipe_is_itself(tmp_path):
-    assert catalog.find(str(write(tmp_path / "mnist.py", answer="mine"))).function("load")(None) == "mine"
+    assert catalog.find(str(write(tmp_path / "mnist.py", answer="mine"))).function("load")(None, None) == "mine"
     assert catalog.find("mnist").recipe.summary.startswith("handwritten digits")
 
 
@@ -101,7 +101,7 @@ def test_a_recipe_imports_the_files_beside_it(tmp_path):
     (tmp_path / "flock_late.py").write_text("SIZE = 8")
     path = change(write(tmp_path / "wool.py"), "return 1", "from flock_late import SIZE as late\n    return SIZE, late")
     entry = catalog.find(str(change(path, "recipe =", "from flock_early import SIZE\nrecipe =")))
-    assert entry.function("load")(None) == (7, 8)
+    assert entry.function("load")(None, None) == (7, 8)
     assert sys.path[0] != str(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_a_broken_package_hides_no_other_recipe(installed, hpcai):
 
 @pytest.mark.parametrize(("reference", "words"), [
     ("mnits", "did you mean `mnist`?; received: 'mnits'"), ("mnist.mlp", "did you mean `mnist-mlp`?"),
-    ("zebra", "run `hpcai recipes list`"), ("", "one of mnist"), ("none.py", "no such recipe file"),
+    ("zebra", "run `hpcai recipes list`"), ("", "one of cifar10"), ("none.py", "no such recipe file"),
     ("./none", "no such recipe file"), ("recipes/", "no such recipe file")])
 def test_no_such_recipe(reference, words):
     assert words in refused(reference)
@@ -159,11 +159,11 @@ def test_a_file_that_is_no_python(tmp_path):
     ("recipe = Recipe(", "recipe = dict(", "it has no `recipe = Recipe(...)`"),
     ('name="wool"', 'name="cotton"', "its name is 'cotton' where its file says 'wool'"),
     ('"""Sheep and goats."""', "", "it has no docstring"),
-    ("def load", "def unload", "it lacks the function load(source: pathlib.Path)"),
+    ("def load", "def unload", "it lacks the function load(source: pathlib.Path, recipe)"),
     ("def build_model", "def built_model", "it lacks the function build_model(recipe) -> keras.Model"),
-    ("num_classes=2", "num_classes=1", "is not valid: num_classes is out of range; expected at least 2; received: 1"),
+    ("num_classes=2", "num_classes=1", "num_classes is out of range; expected 2 or more, or 0; received: 1"),
     ("num_classes=2", "classes=2", "TypeError: Recipe.__init__() got an unexpected keyword argument 'classes'"),
-    ("input_shape=(4,), ", "", "missing 1 required positional argument: 'input_shape'")])
+    ('summary="sheep and goats", ', "", "missing 1 required positional argument: 'summary'")])
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path, old, new, words):
     assert words in refused(change(write(tmp_path / "wool.py"), old, new))
 

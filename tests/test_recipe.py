@@ -76,7 +76,7 @@ def test_all_problems_are_listed_at_once():
 
 
 @pytest.mark.parametrize(("key", "text", "words"), [
-    ("epochs", "0", "at least 1"), ("epochs", "-3", "at least 1"), ("num_classes", "1", "at least 2"),
+    ("epochs", "0", "at least 1"), ("epochs", "-3", "at least 1"), ("num_classes", "1", "2 or more, or 0"),
     ("learning_rate", "0", "a number above 0.0"), ("validation_fraction", "0.6", "at most 0.5"),
     ("validation_fraction", "-0.1", "at least 0.0"), ("momentum", "1.5", "at most 1.0"),
     ("seed", str(2**32), f"at most {2**32 - 1}"), ("seed", "-1", "at least 0"), ("epochs", "1.5", "a value like 3"),
@@ -91,7 +91,7 @@ def test_a_value_out_of_range_says_the_range(key, text, words):
 
 @pytest.mark.parametrize("change", [
     {"epochs": "3"}, {"epochs": True}, {"epochs": 3.0}, {"learning_rate": "0.1"}, {"class_names": "ab"},
-    {"options": ["width"]}, {"options": {"epochs": 3}}, {"input_shape": ()}, {"input_shape": (8.0,)},
+    {"options": ["width"]}, {"options": {"epochs": 3}}, {"input_shape": (0, 8)}, {"input_shape": (8.0,)},
     {"optimizer": "momentum"}])
 def test_a_recipe_file_cannot_hold_what_set_cannot(change):
     with pytest.raises(UsageError, match=next(iter(change))):

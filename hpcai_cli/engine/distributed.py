@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -49,6 +50,12 @@ class Horovod:
         import horovod.tensorflow as hvd
 
         self._hvd = hvd
+        if os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "mpi":
+            # A rank that waits in MPI spins, on the very core that computes what the others wait for; yielding leaves
+            # it to them. Looking for work then costs next to nothing, and half a millisecond is waited less than one.
+            # Two processes on two cores reached 0.92 of twice one with both, 0.75 with neither (`hpcai benchmark scaling`).
+            os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.5")
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()

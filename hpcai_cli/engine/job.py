@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class Request:
     """What finds the recipe again: its name or the path of its file."""
     build_model: Callable
     augment: Callable | None
+    """augment(inputs, seed, recipe) -> inputs, within the compiled step."""
+    adapt: Callable | None
+    """adapt(model, inputs, labels): fits what the model takes from the training split, before the first step."""
     data_recipe: Recipe
     """The recipe whose data this one trains on."""
     sample: Callable | None
@@ -49,7 +53,7 @@ def prepare(request: Request) -> tuple[Run, Path]:
     """
     run = Run.open(request.resume) if request.resume else None
     file = request.data or (Path(run.manifest()["data"]) if run else _default_data(request))
-    check_fits(Dataset(file), request.recipe)
+    _fitted(request.recipe, Dataset(file))
     return run or Run.create(request.recipe.name, request.output), file
 
 
@@ -74,8 +78,10 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     run, dataset = Run(Path(folder)), Dataset(Path(file))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
+    request = dataclasses.replace(request, recipe=_fitted(request.recipe, dataset))
     try:
-        job = training.Job(request.recipe, run, dataset, ranks, request.build_model, request.augment, stop,
+        augment = request.augment and partial(request.augment, recipe=request.recipe)
+        job = training.Job(request.recipe, run, dataset, ranks, request.build_model, augment, request.adapt, stop,
                            request.tensorboard, describe=lambda: _describe(run, request, dataset, facts))
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
@@ -95,8 +101,33 @@ def _described(request: Request, facts: dict) -> list[str]:
     run, file = prepare(request)
     run.failure_file.unlink(missing_ok=True)
     if not request.resume:
-        _describe(run, request, Dataset(file), facts)
+        dataset = Dataset(file)
+        _describe(run, dataclasses.replace(request, recipe=_fitted(request.recipe, dataset)), dataset, facts)
     return [str(run.folder), str(file)]
+
+
+def _fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return the recipe with what it leaves to the data, after checking that its decisions can be taken on them.
+
+    Raises:
+        DataError: the data don't fit the recipe.
+        UsageError: the recipe decides by a figure that its task doesn't have.
+    """
+    recipe = check_fits(dataset, recipe)
+    binary, validated = recipe.num_classes == 2, "validation" in dataset.splits
+    problems = []
+    if recipe.task == "regression" and (recipe.best_by != "loss" or recipe.class_weights != "none"):
+        problems.append("a regression has loss to be best_by, and no class_weights")
+    if not binary and (recipe.best_by == "roc_auc" or recipe.decision_threshold != "half"):
+        problems.append("best_by=roc_auc and a decision_threshold need two classes")
+    if not validated and recipe.decision_threshold != "half":
+        problems.append("decision_threshold=f1 is chosen on a validation split, which the data lack")
+    if validated and recipe.best_by == "roc_auc" and len(set(dataset.split("validation").labels.tolist())) < 2:
+        problems.append("best_by=roc_auc needs both classes in the validation split")
+    if problems:
+        raise UsageError(f"recipe {recipe.name} decides by what it does not have: {'; '.join(problems)}",
+                         mend="change it with --set, or write the data again with --validation-fraction")
+    return recipe
 
 
 def _plural(number: int, one: str, many: str) -> str:
@@ -134,9 +165,14 @@ def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None
     write_json(run.manifest_file, {
         "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,
         "data": os.path.abspath(dataset.path), "data_fingerprint": dataset.fingerprint,
-        "class_names": list(dataset.class_names), "seed": request.recipe.seed, **facts,
+        "class_names": list(dataset.class_names), "data_details": _columns(dataset), "seed": request.recipe.seed, **facts,
         "host": socket.gethostname(), "python": platform.python_version(), "git_commit": _git_commit(),
         "versions": {name: _version(name) for name in ("hpcai", "tensorflow", "keras", "horovod", "h5py", "numpy")}})
+
+
+def _columns(dataset: Dataset) -> dict:
+    """Return how the file's columns came about, so that `predict` can bring new rows to the same form."""
+    return {name: dataset.details[name] for name in ("columns", "label", "features") if name in dataset.details}
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import DataError, UsageError
 from hpcai_cli.recipe import Recipe
 
@@ -13,7 +14,7 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
     """Build the recipe's model from its seed.
 
     Raises:
-        UsageError: the function fails, or gives something else than a model from input_shape to num_classes logits.
+        UsageError: the function fails, or gives something else than a model from input_shape to the task's scores.
     """
     keras.utils.set_random_seed(recipe.seed)
     try:
@@ -33,12 +34,39 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
         raise UsageError(f"recipe {recipe.name}: the model does not take its input_shape {recipe.input_shape}",
                          received=f"{type(error).__name__}: {first_line}") from error
     shape = tuple(outputs.shape)[1:] if keras.ops.is_tensor(outputs) else type(outputs).__name__
-    if shape != (recipe.num_classes,):
+    sizes = task_of(recipe).output_sizes()
+    if shape not in [(size,) for size in sizes]:
         raise UsageError(f"recipe {recipe.name}: the model gives outputs of another shape",
-                         expected=f"({recipe.num_classes},), one logit per class", received=shape)
+                         expected=" or ".join(f"({size},)" for size in sizes) + (
+                             ", the number" if recipe.task == "regression" else ", one logit per class"),
+                         received=shape)
     if not model.trainable_variables:
         raise UsageError(f"recipe {recipe.name}: the model has nothing to train", expected="trainable weights")
     return model
+
+
+def adapt(recipe: Recipe, model: keras.Model, function: Callable | None, inputs: np.ndarray,
+          labels: np.ndarray) -> None:
+    """Let the recipe fit what its model takes from the training split: statistics, quantiles.
+
+    Raises:
+        UsageError: the function fails.
+    """
+    if function is None:
+        return
+    try:
+        function(model, inputs, labels)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UsageError(f"recipe {recipe.name}: adapt fails", expected="a change of the model's weights",
+                         received=f"{type(error).__name__}: {first_line}") from error
+
+
+def settle_statistics(model: keras.Model) -> None:
+    """Let layers that keep something beside their variables compute it again, after the variables were assigned."""
+    for layer in model._flatten_layers(recursive=True):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
 
 
 def is_random_state(variable: keras.Variable) -> bool:

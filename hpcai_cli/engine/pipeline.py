@@ -24,7 +24,7 @@ class Block:
 
     Attributes:
         inputs: the examples as stored, (g, b, ...); g is the same for all blocks.
-        labels: int64 (g, b).
+        labels: int64 (g, b); float32 where the task is a regression.
         weights: float32 (g, b): size / m for each of the m examples of a whole step, 0 for padding. The mean over the
             ranks of sum(weights * losses) is the mean loss of the step's examples, also when m doesn't divide.
         examples: examples of each step, over all ranks; as many as there are steps, at most g.
@@ -74,7 +74,7 @@ class Pipeline:
         order = epoch_order(len(self._split), seed=self._seed, epoch=epoch)
         size, step = self.batch_size, self.global_batch_size
         inputs = np.zeros((self.steps_per_block, size, *self._split.inputs.shape[1:]), self._split.inputs.dtype)
-        labels = np.zeros((self.steps_per_block, size), np.int64)
+        labels = np.zeros((self.steps_per_block, size), self._split.labels.dtype)
         weights = np.full((self.steps_per_block, size), 1 / size, np.float32)
         steps = 1 if single_first else self.steps_per_block
         while len(order) - cursor >= step:

@@ -7,32 +7,44 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from hpcai_cli.engine.evaluation import log_probabilities
+from hpcai_cli.engine.evaluation import answers, log_probabilities
 from hpcai_cli.engine.images import read_image
 from hpcai_cli.errors import DataError
 
 BATCH_SIZE = 32
-"""Files per forward pass; a pipe sees its answers after so many."""
+"""Files or rows per forward pass; a pipe sees its answers after so many."""
 
 
-def predict(files: Iterable[str], *, run_forward: Callable, shape: tuple[int, int, int],
-            class_names: tuple[str, ...]) -> Iterator[dict]:
-    """Yield for each file, in order, `file`, `label` and `probability`, or `file` and `error`."""
+def predict_images(files: Iterable[str], *, run_forward: Callable, shape: tuple[int, int, int],
+                   class_names: tuple[str, ...], threshold: float | None = None) -> Iterator[dict]:
+    """Yield for each file, in order, `file` and its answer (`label` and `probability`, or `value`), or `error`.
+
+    Args:
+        run_forward: what `evaluation.forward` gives.
+        class_names: empty for a regression.
+        threshold: of two classes, the probability from which on the second is the answer.
+    """
     files = iter(files)
     while names := list(islice(files, BATCH_SIZE)):
-        answers, images, places = [], np.zeros((BATCH_SIZE, *shape), np.uint8), []
+        said, images, places = [], np.zeros((BATCH_SIZE, *shape), np.uint8), []
         for name in names:
             try:
                 images[len(places)] = read_image(Path(name), shape)
-                places.append(len(answers))
-                answers.append({"file": name})
+                places.append(len(said))
+                said.append({"file": name})
             except DataError as error:
-                answers.append({"file": name, "error": str(error)})
+                said.append({"file": name, "error": str(error)})
         if places:
             # Always the same shape, so that TensorFlow compiles once.
             scores = run_forward(tf.constant(images)).numpy()[:len(places)]
-            probabilities = np.exp(log_probabilities(scores))
-            for place, row in zip(places, probabilities, strict=True):
-                best = int(row.argmax())
-                answers[place] |= {"label": class_names[best], "probability": float(row[best])}
-        yield from answers
+            for place, answer in zip(places, _answered(scores, class_names, threshold), strict=True):
+                said[place] |= answer
+        yield from said
+
+
+def _answered(scores: np.ndarray, class_names: tuple[str, ...], threshold: float | None) -> list[dict]:
+    if not class_names:
+        return [{"value": float(value)} for value in scores[:, 0]]
+    probabilities = np.exp(log_probabilities(scores))
+    return [{"label": class_names[best], "probability": float(row[best])}
+            for best, row in zip(answers(scores, threshold).tolist(), probabilities, strict=True)]

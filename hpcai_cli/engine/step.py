@@ -3,40 +3,48 @@
 from collections.abc import Callable
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.pipeline import Block
+from hpcai_cli.engine.task import task_of
 from hpcai_cli.recipe import Recipe
 
 
 def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
-                  ranks: Serial | Horovod, *, block: Block, augment: Callable | None = None) -> Callable:
+                  ranks: Serial | Horovod, *, block: Block, augment: Callable | None = None,
+                  weight_of_class: np.ndarray | None = None) -> Callable:
     """Return the compiled steps (inputs, labels, weights, seed, stop, count) -> sums, for blocks like `block`.
 
     inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken; seed, int32 (2,),
     is the augmentation's for the first of them; stop, float32 (), is 1 when this rank was asked to stop. `sums` is
-    float32 (g, 3), a row for each step: the mean loss over the step's examples of all ranks, how many of them were
-    classified rightly, and how many ranks were asked to stop.
+    float32 (g, 3), a row for each step: the mean loss over the step's examples of all ranks, the sum of the task's
+    measure over them (how many were classified rightly), and how many ranks were asked to stop.
+
+    Args:
+        weight_of_class: float32 (num_classes,), the weight of each class's examples in the loss.
     """
+    task = task_of(recipe)
     trainable = model.trainable_variables
     statistics = [variable for variable in model.non_trainable_variables if "float" in variable.dtype]
 
     def loss_of(inputs, labels, weights):
-        scores = tf.cast(model(inputs, training=True), tf.float32)
-        losses = keras.losses.categorical_crossentropy(
-            tf.one_hot(labels, recipe.num_classes), scores, from_logits=True, label_smoothing=recipe.label_smoothing)
+        scores = task.scores(model(inputs, training=True))
+        losses = task.losses(labels, scores)
+        if weight_of_class is not None:
+            losses *= tf.gather(weight_of_class, labels)
         # Regularization counts once per step: the weights of a whole step sum to the number of ranks.
         loss = tf.reduce_sum(losses * weights) + sum(model.losses, 0.0) * tf.reduce_sum(weights)
-        right = tf.equal(tf.argmax(scores, axis=1), labels) & (weights > 0)
-        return loss, tf.reduce_sum(tf.cast(right, tf.float32))
+        measure = tf.reduce_sum(tf.where(weights > 0, task.measures(labels, scores), 0.0))
+        return loss, measure
 
     def gradients_of(inputs, labels, weights):
         with tf.GradientTape() as tape:
-            loss, right = loss_of(inputs, labels, weights)
+            loss, measure = loss_of(inputs, labels, weights)
             scaled = optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return gradients, tf.stack([loss, right])
+        return gradients, tf.stack([loss, measure])
 
     def accumulated(inputs, labels, weights):
         def add(number, totals, sums):

@@ -1,7 +1,5 @@
 """The training loop: the file to open first."""
 
-import csv
-import io
 import math
 import os
 import time
@@ -13,12 +11,21 @@ import numpy as np
 import tensorflow as tf
 
 from hpcai_cli import console
-from hpcai_cli.engine import checkpoint, evaluation
+from hpcai_cli.engine import checkpoint, evaluation, history
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
-from hpcai_cli.engine.model import arrays, build, is_random_state, restore, spread_random_state
+from hpcai_cli.engine.model import (
+    adapt,
+    arrays,
+    build,
+    is_random_state,
+    restore,
+    settle_statistics,
+    spread_random_state,
+)
 from hpcai_cli.engine.pipeline import Block, Pipeline
 from hpcai_cli.engine.step import build_optimizer, compile_steps
-from hpcai_cli.engine.store import Dataset
+from hpcai_cli.engine.store import Dataset, Split
+from hpcai_cli.engine.task import class_weights, task_of
 from hpcai_cli.errors import DataError, DivergedError, StoppedEarly
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_bytes, write_json
@@ -35,6 +42,7 @@ class Job:
     ranks: Serial | Horovod
     build_model: Callable[[Recipe], keras.Model]
     augment: Callable | None = None
+    adapt: Callable | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     tensorboard: bool = False
     describe: Callable[[], None] = lambda: None
@@ -54,7 +62,7 @@ class Position:
 
 
 class _Meter:
-    """Sums the epoch's loss and right answers, one block behind, so that an accelerator never waits for Python."""
+    """Sums the epoch's loss and measure, one block behind, so that an accelerator never waits for Python."""
 
     def __init__(self, at: Position):
         self._at, self._pending = at, None
@@ -75,12 +83,12 @@ class _Meter:
             return
         sums, first_step, examples = self._pending
         self._pending = None
-        for number, (count, (loss, right, stops)) in enumerate(zip(examples, sums.numpy().tolist(), strict=False)):
+        for number, (count, (loss, measure, stops)) in enumerate(zip(examples, sums.numpy().tolist(), strict=False)):
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} at step {first_step + number}", expected="a finite number",
                                     mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
             self._at.sums[0] += loss * count
-            self._at.sums[1] += round(right)
+            self._at.sums[1] += measure
             self._at.sums[2] += count
             self.stop_asked = self.stop_asked or stops > 0
 
@@ -104,18 +112,20 @@ def train(job: Job, *, resume: bool) -> dict:
     optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=ranks.size)
     optimizer.build(model.trainable_variables)
     # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
-    at = Position(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
+    at = Position(**on_rank_zero(ranks, lambda: (_resumed if resume else _begun)(job, model, optimizer)))
     place = at.epoch * pipeline.steps_per_epoch + -(-at.cursor // pipeline.global_batch_size)
     if place != at.step:
         # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
         getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
     ranks.broadcast([*model.variables, *optimizer.variables])
+    settle_statistics(model)
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
     prove_in_step(ranks, weights, when="at the start")
-    steps = compile_steps(model, optimizer, recipe, ranks, block=next(pipeline.blocks(0)), augment=job.augment)
+    steps = compile_steps(model, optimizer, recipe, ranks, block=next(pipeline.blocks(0)), augment=job.augment,
+                          weight_of_class=class_weights(recipe, split.labels))
     validate = _validator(job, model)
-    board = _Board(job)
+    board = history.Board(run.tensorboard if job.tensorboard and ranks.rank == 0 else None)
     _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
            world_size=ranks.size)
 
@@ -126,7 +136,7 @@ def train(job: Job, *, resume: bool) -> dict:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
                 prove_in_step(ranks, weights, when="after the first step")
-            shown.update(at.epoch * len(split) + at.cursor, lambda: _status(recipe, at))
+            shown.update(at.epoch * len(split) + at.cursor, lambda: history.status(recipe, at.epoch, at.sums))
 
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             epoch_started, cursor_started = time.monotonic(), at.cursor
@@ -140,7 +150,7 @@ def train(job: Job, *, resume: bool) -> dict:
                                 seconds=time.monotonic() - epoch_started, examples=at.cursor - cursor_started)
             board.write(row, at.step)
             _save(job, at, model, optimizer, weights)
-            shown.line(_sentence(recipe, row))
+            shown.line(history.sentence(recipe, row))
             if (stop_asked or _anyone_stopped(job)) and at.epoch < recipe.epochs:
                 _raise_stopped(job, at)
 
@@ -150,6 +160,7 @@ def train(job: Job, *, resume: bool) -> dict:
         best = at.best["step"]
         on_rank_zero(ranks, lambda: restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
         ranks.broadcast(model.variables)
+        settle_statistics(model)
     return _finish(job, at, model, seconds=time.monotonic() - started)
 
 
@@ -179,6 +190,13 @@ def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block],
     return meter.stop_asked
 
 
+def _begun(job: Job, model, optimizer) -> dict:
+    """Fit what the model takes from the data, on rank 0, and begin at the beginning."""
+    split = job.dataset.split("train")
+    adapt(job.recipe, model, job.adapt, split.inputs, split.labels)
+    return {}
+
+
 def _resumed(job: Job, model, optimizer) -> dict:
     """Restore the newest checkpoint that verifies, on rank 0, and return where it stands."""
     state, passed = checkpoint.newest(job.run.checkpoints)
@@ -194,12 +212,15 @@ def _resumed(job: Job, model, optimizer) -> dict:
     return {key: value for key, value in vars(state).items() if key not in ("arrays", "fingerprint")}
 
 
-def _validator(job: Job, model) -> Callable[[], tuple[float, float] | None]:
+def _validator(job: Job, model) -> Callable[[], dict]:
     if "validation" not in job.dataset.splits:
-        return lambda: None
-    split, run_forward = job.dataset.split("validation"), evaluation.forward(model)
-    return lambda: evaluation.loss_and_accuracy(
-        evaluation.logits(run_forward, split, job.ranks, num_classes=job.recipe.num_classes), split.labels)
+        return dict
+    split, run_forward = job.dataset.split("validation"), evaluation.forward(model, job.recipe)
+    return lambda: evaluation.figures(job.recipe, _scores(job, run_forward, split), split.labels)
+
+
+def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
+    return evaluation.scores_of(run_forward, split, job.ranks, columns=task_of(job.recipe).columns)
 
 
 def _prove_finite(model: keras.Model, at: Position) -> None:
@@ -221,16 +242,18 @@ def _diverged(happened: str, received: object) -> DivergedError:
 def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float, examples: int) -> dict:
     """Close the epoch's accounts: history, the best epoch so far, the position of the next."""
     count = len(job.dataset.split("train"))
-    row = {"epoch": at.epoch + 1, "loss": at.sums[0] / count, "accuracy": at.sums[1] / count}
-    validated = validate()
-    if validated is not None:
-        row["validation_loss"], row["validation_accuracy"] = validated
-        if not math.isfinite(validated[0]):
-            raise _diverged(f"the validation loss is {validated[0]} after step {at.step}", validated[0])
+    measure, best_by = task_of(job.recipe).measure, f"validation_{job.recipe.best_by}"
+    row = {"epoch": at.epoch + 1, "loss": at.sums[0] / count, measure: at.sums[1] / count}
+    row |= {f"validation_{name}": value for name, value in validate().items()}
+    if "validation_loss" in row:
+        if not math.isfinite(row["validation_loss"]):
+            raise _diverged(f"the validation loss is {row['validation_loss']} after step {at.step}",
+                            row["validation_loss"])
         # Every rank has gathered the same numbers; rank 0's count all the same, since the decision must be one.
-        better = not at.best or row["validation_loss"] < at.best["validation_loss"]
+        sign = -1 if job.recipe.best_by == "loss" else 1
+        better = not at.best or sign * row[best_by] > sign * at.best[best_by]
         if job.ranks.broadcast_json(better):
-            at.best = {"epoch": row["epoch"], "step": at.step, "validation_loss": row["validation_loss"]}
+            at.best = {"epoch": row["epoch"], "step": at.step, best_by: row[best_by]}
     row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(seconds, 3),
             "images_per_second": round(examples / seconds, 1)}
     at.history.append(row)
@@ -251,7 +274,7 @@ def _save(job: Job, at: Position, model, optimizer, weights) -> None:
     def write() -> None:
         checkpoint.save(job.run.checkpoints, checkpoint.State(
             **vars(at), fingerprint=job.dataset.fingerprint, arrays=arrays(model, optimizer)))
-        _write_history(job.run, at.history)
+        history.write_history(job.run, at.history)
         _event(job, "checkpoint", step=at.step)
 
     on_rank_zero(job.ranks, write)
@@ -271,20 +294,23 @@ def _raise_stopped(job: Job, at: Position) -> None:
 
 def _finish(job: Job, at: Position, model, *, seconds: float) -> dict:
     """Evaluate the chosen weights on the test split, write model.keras and result.json."""
-    metrics = {}
+    recipe, metrics = job.recipe, {}
     last = at.history[-1] if at.history else {}
     chosen = at.history[at.best["epoch"] - 1] if at.best else last
+    run_forward, threshold = evaluation.forward(model, recipe), None
+    if recipe.decision_threshold == "f1":
+        split = job.dataset.split("validation")
+        threshold = evaluation.best_threshold(_scores(job, run_forward, split), split.labels)
     if "test" in job.dataset.splits:
         split = job.dataset.split("test")
-        scores = evaluation.logits(evaluation.forward(model), split, job.ranks, num_classes=job.recipe.num_classes)
-        metrics["loss"], metrics["accuracy"] = evaluation.loss_and_accuracy(scores, split.labels)
-    metrics |= {f"train_{name}": chosen[name] for name in ("loss", "accuracy") if name in chosen}
-    metrics |= {name: chosen[name] for name in ("validation_loss", "validation_accuracy") if name in chosen}
+        metrics |= evaluation.figures(recipe, _scores(job, run_forward, split), split.labels, threshold)
+    metrics |= {f"train_{name}": chosen[name] for name in ("loss", task_of(recipe).measure) if name in chosen}
+    metrics |= {name: value for name, value in chosen.items() if name.startswith("validation_")}
     metrics |= {"images_per_second": last.get("images_per_second"), "seconds": round(seconds, 3)}
     result = {"schema": "hpcai.train/1", "command": "train", "run": str(job.run.folder), "metrics": metrics,
-              "recipe": job.recipe.name, "epochs": at.epoch, "best_epoch": chosen.get("epoch"), "steps": at.step,
-              "world_size": job.ranks.size, "parameters": model.count_params(),
-              "test_examples": len(job.dataset.splits.get("test", ()))}
+              "recipe": recipe.name, "decision_threshold": threshold, "epochs": at.epoch,
+              "best_epoch": chosen.get("epoch"), "steps": at.step, "world_size": job.ranks.size,
+              "parameters": model.count_params(), "test_examples": len(job.dataset.splits.get("test", ()))}
 
     def write() -> None:
         # Named so that Keras takes it for its own format; written whole or not at all.
@@ -302,51 +328,6 @@ def _finish(job: Job, at: Position, model, *, seconds: float) -> dict:
     return result
 
 
-def _write_history(run: Run, history: list[dict]) -> None:
-    text = io.StringIO()
-    if history:
-        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-    write_bytes(run.history_file, text.getvalue().encode())
-
-
 def _event(job: Job, kind: str, **values) -> None:
     if job.ranks.rank == 0:
         job.run.event(kind, **values)
-
-
-def _status(recipe: Recipe, at: Position) -> str:
-    loss, right, examples = at.sums
-    if not examples:
-        return ""
-    return f"epoch {at.epoch + 1}/{recipe.epochs}  loss {loss / examples:.4f}  accuracy {right / examples:.4f}"
-
-
-def _sentence(recipe: Recipe, row: dict) -> str:
-    text = f"epoch {row['epoch']}/{recipe.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}"
-    if "validation_loss" in row:
-        text += f", validation loss {row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.4f}"
-    return f"{text}, {row['images_per_second']:,.0f} images/s"
-
-
-class _Board:
-    """TensorBoard's event files, where the user asked for them."""
-
-    def __init__(self, job: Job):
-        wanted = job.tensorboard and job.ranks.rank == 0
-        self._writer = tf.summary.create_file_writer(str(job.run.tensorboard)) if wanted else None
-
-    def write(self, row: dict, step: int) -> None:
-        """Write one epoch's numbers."""
-        if self._writer is not None:
-            with self._writer.as_default(step=step):
-                for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate",
-                             "images_per_second"):
-                    if name in row:
-                        tf.summary.scalar(name, row[name])
-
-    def close(self) -> None:
-        """Write what is buffered."""
-        if self._writer is not None:
-            self._writer.close()

@@ -12,6 +12,7 @@ from hpcai_cli.engine import evaluation
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.pipeline import shard
 from hpcai_cli.engine.store import Split
+from hpcai_cli.recipe import Recipe
 
 NAMES = ("a", "b", "c", "d")
 
@@ -25,7 +26,8 @@ def scores_and_labels(count: int = 500, classes: int = 4) -> tuple[np.ndarray, n
 
 
 def report(scores, labels, names=NAMES) -> dict:
-    return evaluation.classification_report(np.asarray(scores, np.float32), np.asarray(labels), names)
+    recipe = Recipe(name="r", summary="", num_classes=len(names), class_names=tuple(names))
+    return evaluation.report(recipe, np.asarray(scores, np.float32), np.asarray(labels))
 
 
 def test_everything_against_scikit_learn():
@@ -34,7 +36,7 @@ def test_everything_against_scikit_learn():
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     predicted = probabilities.argmax(axis=1)
     found = report(scores, labels)
-    assert set(found["metrics"]) == set(evaluation.METRICS)
+    assert set(found["metrics"]) == set(evaluation.metric_names(Recipe(name="r", summary="", num_classes=4)))
     assert found["metrics"]["loss"] == pytest.approx(metrics.log_loss(labels, probabilities))
     assert found["metrics"]["accuracy"] == metrics.accuracy_score(labels, predicted)
     for name, score in (("precision", metrics.precision_score), ("recall", metrics.recall_score),
@@ -120,11 +122,11 @@ def test_the_logits_of_all_ranks_are_those_of_one(count, size):
     split = Split(source.normal(size=(count, 6)).astype(np.float32), source.integers(0, 3, count), None, 0)
     keras.utils.set_random_seed(1)
     run_forward = evaluation.forward(keras.Sequential([keras.Input((6,)), keras.layers.Dropout(0.9),
-                                                       keras.layers.Dense(3)]))
-    alone = evaluation.logits(run_forward, split, Serial(), num_classes=3)
+                                                       keras.layers.Dense(3)]), Recipe(name="r", summary="", num_classes=3))
+    alone = evaluation.scores_of(run_forward, split, Serial(), columns=3)
     assert (alone.shape, alone.dtype) == ((count, 3), np.float32)
     done = []
-    parts = [evaluation.logits(run_forward, split, OneOf(rank, size), num_classes=3, on_batch=done.append)
+    parts = [evaluation.scores_of(run_forward, split, OneOf(rank, size), columns=3, on_batch=done.append)
              for rank in range(size)]
     np.testing.assert_array_equal(np.concatenate(parts), alone)
     shares = [last - first for first, last in (shard(count, rank=rank, size=size) for rank in range(size))]

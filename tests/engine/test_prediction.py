@@ -25,7 +25,7 @@ def shapes():
 
 
 def predict(names) -> list[dict]:
-    return list(prediction.predict(names, run_forward=run_forward, shape=(4, 4, 1), class_names=NAMES))
+    return list(prediction.predict_images(names, run_forward=run_forward, shape=(4, 4, 1), class_names=NAMES))
 
 
 def write(tmp_path, name: str, brightness: int) -> str:
@@ -79,6 +79,6 @@ def test_a_batch_without_a_readable_file_asks_no_model(tmp_path):
 def test_answers_come_before_the_names_end(tmp_path):
     """A pipe that never ends gets its answers all the same."""
     name = write(tmp_path, "dark.png", 20)
-    answers = prediction.predict(itertools.repeat(name), run_forward=run_forward, shape=(4, 4, 1), class_names=NAMES)
+    answers = prediction.predict_images(itertools.repeat(name), run_forward=run_forward, shape=(4, 4, 1), class_names=NAMES)
     assert next(answers)["label"] == "dark"
     assert len(run_forward.shapes) == 1
