@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := build/demo
 
-.PHONY: demo test install horovod lint format bench wheel clean
+.PHONY: demo test install horovod lint format bench fuzz wheel clean
 
 demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
 	rm -rf $(RUN) && $(BIN)/hpcai preprocess mnist --source sample --output build/sample.h5 --force
@@ -27,6 +27,9 @@ format: .venv/test  ## sort imports and mend what the linter can mend
 bench: .venv/test horovod  ## measure the speed claims of the README, about 15 minutes
 	test -e data/mnist.h5 || $(BIN)/hpcai preprocess mnist
 	$(BIN)/hpcai benchmark
+
+fuzz: .venv/test  ## 10,000 mutated files of each format through its reader, about 15 minutes
+	$(BIN)/python tests/fuzz.py
 
 wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it
 	$(BIN)/python -m pytest tests/wheel_check.py

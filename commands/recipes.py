@@ -53,7 +53,7 @@ def show(recipe: Name, json: options.Json = False) -> None:
         return
     console.result(entry.module.__doc__.strip() + "\n")
     for name, value in [*values.items(), *values["options"].items()]:
-        if name not in ("name", "summary", "options"):
+        if name not in ("name", "summary", "options", "presets"):
             help_text = field_help().get(name, "an option of this recipe's model")
             console.result(f"  {name} = {value}\n      {help_text}")
 

@@ -3,6 +3,9 @@
 EXIT_STOPPED = 75
 """Stopped early, resumable; sysexits.h calls it EX_TEMPFAIL."""
 
+LONGEST_VALUE = 300
+"""Characters of a received value that an error shows."""
+
 _NOTHING = object()
 
 
@@ -29,7 +32,9 @@ class HpcaiError(Exception):
         if mend:
             parts.append(mend)
         if received is not _NOTHING:
-            parts.append(f"received: {received!r}" if isinstance(received, str) else f"received: {received}")
+            text = repr(received) if isinstance(received, str) else str(received)
+            # What a stranger's file says can be long, and the sentence is for people.
+            parts.append(f"received: {text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + '...'}")
         super().__init__("; ".join(parts))
 
 

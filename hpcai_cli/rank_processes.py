@@ -87,8 +87,8 @@ def _has_open_mpi() -> bool:
 class _Reader:
     """Takes the launcher's prefixes off the ranks' lines and learns from its own lines which rank failed first."""
 
-    # horovodrun writes [1]<stdout>:, Open MPI [1,1]<stdout>:.
-    _LINE = re.compile(r"\[(?:[^\]]*,)?(\d+)\]<(stdout|stderr)>:(.*)", re.DOTALL)
+    # horovodrun writes [1]<stdout>: before each line, Open MPI [1,1]<stdout>: before each piece of one.
+    _TAG = re.compile(r"\[(?:\d+,)?(\d+)\]<(stdout|stderr)>:")
     _EXIT = re.compile(r"Process (\d+) exit with status code (-?\d+)")
     _MPI_NAME = re.compile(r"\s*Process name: \[\[.*\],(\d+)\]")
     _MPI_CODE = re.compile(r"\s*Exit code:\s+(\d+)")
@@ -114,18 +114,27 @@ class _Reader:
                        f"status {status}")
 
     def _pump(self, stream) -> None:
+        begun: dict[tuple[int, str], str] = {}
         for line in stream:
-            match = self._LINE.match(line)
-            if match is None:
-                self._own(line)
-                continue
-            rank, kind, text = int(match[1]), match[2], match[3]
-            if kind == "stdout" and rank == 0:
-                _pass_on(sys.stdout, text)
-            elif kind == "stderr":
-                self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
-                if rank == 0 or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
-                    _pass_on(sys.stderr, text)
+            own, *tagged = self._TAG.split(line)
+            if own:
+                self._own(own)
+            for rank, kind, text in zip(tagged[::3], tagged[1::3], tagged[2::3], strict=True):
+                whole = begun.pop((int(rank), kind), "") + text
+                if whole.endswith("\n"):
+                    self._line(int(rank), kind, whole)
+                elif whole:
+                    begun[int(rank), kind] = whole
+        for (rank, kind), text in begun.items():
+            self._line(rank, kind, text)
+
+    def _line(self, rank: int, kind: str, text: str) -> None:
+        if kind == "stdout" and rank == 0:
+            _pass_on(sys.stdout, text)
+        elif kind == "stderr":
+            self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
+            if rank == 0 or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
+                _pass_on(sys.stderr, text)
 
     def _own(self, line: str) -> None:
         if match := self._MPI_NAME.match(line):

@@ -29,7 +29,7 @@ class File:
     name: str
     """File name below the mirror's address."""
     sha256: str
-    """Checksum of the content, after gunzip when the name ends in .gz: mirrors compress the same bytes differently."""
+    """Checksum of the content, after gunzip of a single file (.gz, not .tar.gz): mirrors compress it differently."""
     bytes: int
     """Upper bound of the download's size; an answer that is larger is refused."""
 
@@ -44,7 +44,7 @@ class Downloads:
     """All files that are needed."""
 
 
-_FIXED = {"name", "summary", "options"}
+_FIXED = {"name", "summary", "options", "presets"}
 """Fields that make up the recipe's identity, or hold others."""
 
 
@@ -99,6 +99,8 @@ class Recipe:
     """Largest norm of the whole gradient; 0 leaves it as it is."""
     label_smoothing: float = _number(0.0, least=0.0, most=0.9)
     """Probability mass taken from the true class and spread over all (arXiv 1512.00567)."""
+    mixup: float = _number(0.0, least=0.0, most=10.0)
+    """Each example is laid over another; shares from Beta(mixup, mixup) (arXiv 1710.09412). 0 leaves them apart."""
     class_weights: str = _choice("none", "none", "balanced")
     """Weights of the examples in the loss; balanced gives each class the same sum of weights."""
     decision_threshold: str = _choice("half", "half", "f1")
@@ -113,6 +115,8 @@ class Recipe:
     """Seed of weights, order, dropout and augmentation."""
     options: Mapping[str, object] = field(default_factory=dict)
     """The model's own settings; each can be set like any other field."""
+    presets: Mapping[str, Mapping] = field(default_factory=dict)
+    """For an option its possible values, and the fields that each of them brings along; what is set by hand wins."""
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
@@ -121,6 +125,10 @@ class Recipe:
         if clashes:
             raise UsageError(f"recipe {self.name}: options {', '.join(clashes)} have the names of fields",
                              expected="names of their own")
+        for option, choices in self.presets.items():
+            if self.options.get(option) not in choices:
+                raise UsageError(f"{option} is unknown", expected=f"one of {', '.join(choices)}",
+                                 received=self.options.get(option))
         if min(self.input_shape, default=1) < 1:
             raise UsageError(f"recipe {self.name}: input_shape has no examples", expected="positive sizes",
                              received=self.input_shape)
@@ -138,9 +146,13 @@ class Recipe:
             UsageError: all keys that are unknown and all values that don't fit, at once.
         """
         values, options, problems = self._values(), dict(self.options), []
+        assignments = {key.replace("-", "_"): text for key, text in assignments.items()}
+        for option, choices in self.presets.items():
+            brought = choices.get(assignments.get(option), {})
+            values |= {name: value for name, value in brought.items() if name in values}
+            options |= {name: value for name, value in brought.items() if name in options}
         fields = {entry.name: entry for entry in dataclasses.fields(self)}
-        for key, text in assignments.items():
-            name = key.replace("-", "_")
+        for name, text in assignments.items():
             try:
                 if name in fields and name not in _FIXED:
                     values[name] = _checked(name, _typed(name, text, values[name]), fields[name], self)
@@ -151,17 +163,18 @@ class Recipe:
                                      received=text)
                 else:
                     known = [*(fields.keys() - _FIXED), *options]
-                    raise UsageError(f"recipe {self.name} has no field {key!r}{_nearest(name, known)}",
-                                     mend=f"run `hpcai recipes show {self.name}` for all of them", received=key)
+                    raise UsageError(f"recipe {self.name} has no field {name[:60]!r}{_nearest(name, known)}",
+                                     mend=f"run `hpcai recipes show {self.name}` for all of them", received=name)
             except UsageError as error:
                 problems.append(str(error))
         if problems:
-            raise UsageError("; and ".join(problems))
+            raise UsageError("; and ".join(problems[:8]))
         return Recipe(**{**values, "options": options})
 
     def to_json(self) -> dict:
         """Return the recipe as plain JSON values."""
-        return json.loads(json.dumps({**self._values(), "options": dict(self.options)}))
+        return json.loads(json.dumps({**self._values(), "options": dict(self.options),
+                                      "presets": {name: dict(choices) for name, choices in self.presets.items()}}))
 
     @classmethod
     def from_json(cls, document: object, *, where: str) -> "Recipe":
@@ -208,7 +221,7 @@ def read_values(path: Path) -> dict[str, str]:
             raise ValueError("it holds no object at its top")
     except FileNotFoundError:
         raise DataError("the file given with --from does not exist", received=str(path)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read settings from {path}: {error}", expected="a recipe.json or a TOML file") from None
     options = values.pop("options", {})
     merged = {**values, **(options if isinstance(options, dict) else {"options": options})}
@@ -253,7 +266,7 @@ def _typed(name: str, text: str, default: object) -> object:
             return float(text)
         if isinstance(default, (tuple, list)):
             items = json.loads(text) if text.startswith("[") else text.split(",")
-            inner = default[0] if default else ""
+            inner = default[0] if default else (0 if name == "input_shape" else "")
             return tuple(_typed(name, str(item), inner) for item in items)
         return text
     except (ValueError, KeyError):

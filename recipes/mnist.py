@@ -28,6 +28,8 @@ recipe = Recipe(
     learning_rate_scaling="sqrt",
     warmup_epochs=0.5,
     options={"architecture": "compact", "width": 16, "dropout": 0.25},
+    presets={"architecture": {"compact": {}, "tutorial": {"batch_size": 32, "learning_rate": 1e-3,
+                                                          "schedule": "constant", "warmup_epochs": 0.0}}},
 )
 
 downloads = Downloads(
@@ -86,11 +88,9 @@ def build_model(recipe: Recipe):
     width = recipe.options["width"]
     if recipe.options["architecture"] == "tutorial":
         body = [layers.Conv2D(32, 3, activation="relu"), layers.Flatten(), layers.Dense(128, activation="relu")]
-    elif recipe.options["architecture"] == "compact":
+    else:
         body = [*block(width), layers.MaxPooling2D(), *block(2 * width), *block(2 * width), layers.MaxPooling2D(),
                 *block(4 * width), layers.Flatten(), layers.Dropout(recipe.options["dropout"])]
-    else:
-        raise ValueError(f"architecture is compact or tutorial, not {recipe.options['architecture']!r}")
     # The last layer computes in float32: a softmax of bfloat16 logits loses digits.
     return keras.Sequential([keras.Input(recipe.input_shape), layers.Rescaling(1 / 255), *body,
                              layers.Dense(recipe.num_classes, dtype="float32")])

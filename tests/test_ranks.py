@@ -47,7 +47,8 @@ def build_model(recipe):
 
     import keras
 
-    if os.environ.get("HOROVOD_RANK") == str(recipe.options["break_rank"]):
+    rank = os.environ.get("HOROVOD_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    if rank == str(recipe.options["break_rank"]):
         raise RuntimeError("this rank was told to break")
     return keras.Sequential([
         keras.Input(recipe.input_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),

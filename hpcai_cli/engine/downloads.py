@@ -136,23 +136,24 @@ def _cache_entry(cache: Path, key: str) -> Iterator[Path]:
 def _fetch(url: str, target: Path, *, sha256: str, limit: int) -> None:
     """Fetch one file, resuming what an earlier call left, verify it, and only then put it in its place.
 
-    The checksum is of the content, of the unpacked one where the target's name ends in .gz; a target that has it is
-    not fetched again. Empty takes whatever comes. The limit is in bytes.
+    The checksum is of the content, of the unpacked one where a single file is packed (.gz, but not .tar.gz); a target
+    that has it is not fetched again. Empty takes whatever comes. The limit is in bytes.
     """
     part = target.with_name(f"{target.name}.part")
-    if sha256 and target.is_file() and _has_checksum(target, sha256, target.suffix):
+    if sha256 and target.is_file() and _has_checksum(target, sha256, target.name):
         return
     _receive_patiently(url, part, limit=limit, checked=bool(sha256))
-    if sha256 and not _has_checksum(part, sha256, target.suffix):
+    if sha256 and not _has_checksum(part, sha256, target.name):
         _discard(part)
         raise _Unfetched(f"its file is broken or another one: its checksum is not {sha256[:12]}...")
     os.replace(part, target)
     _discard(part)
 
 
-def _has_checksum(path: Path, sha256: str, suffix: str) -> bool:
+def _has_checksum(path: Path, sha256: str, name: str) -> bool:
+    packed = name.endswith(".gz") and not name.endswith(".tar.gz")
     try:
-        with (gzip.open if suffix == ".gz" else open)(path, "rb") as file:
+        with (gzip.open if packed else open)(path, "rb") as file:
             return stream_sha256(file) == sha256
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return False

@@ -34,7 +34,7 @@ class Request:
     augment: Callable | None
     """augment(inputs, seed, recipe) -> inputs, within the compiled step."""
     adapt: Callable | None
-    """adapt(model, inputs, labels): fits what the model takes from the training split, before the first step."""
+    """adapt(model, inputs, labels, recipe): fits what the model takes from the training split, before the first step."""
     data_recipe: Recipe
     """The recipe whose data this one trains on."""
     sample: Callable | None

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from hpcai_cli.engine.task import task_of
-from hpcai_cli.errors import DataError, UsageError
+from hpcai_cli.errors import DataError, HpcaiError, UsageError
 from hpcai_cli.recipe import Recipe
 
 
@@ -47,7 +47,7 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
 
 def adapt(recipe: Recipe, model: keras.Model, function: Callable | None, inputs: np.ndarray,
           labels: np.ndarray) -> None:
-    """Let the recipe fit what its model takes from the training split: statistics, quantiles.
+    """Let the recipe fit what its model takes from the training split or from elsewhere: statistics, pretrained weights.
 
     Raises:
         UsageError: the function fails.
@@ -55,7 +55,9 @@ def adapt(recipe: Recipe, model: keras.Model, function: Callable | None, inputs:
     if function is None:
         return
     try:
-        function(model, inputs, labels)
+        function(model, inputs, labels, recipe)
+    except HpcaiError:
+        raise
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise UsageError(f"recipe {recipe.name}: adapt fails", expected="a change of the model's weights",

@@ -66,7 +66,7 @@ def load(path: Path, *, trust: bool = False) -> keras.Model:
         return keras.saving.load_model(path, compile=False, safe_mode=not trust)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
-        raise DataError(f"{path} is no model that Keras can load: {first_line}",
+        raise DataError(f"{path} is no model that Keras can load: {_readable(first_line)}",
                         expected="a model.keras from `hpcai train`",
                         mend="if it has classes of your own, add --trust-model") from error
 
@@ -92,13 +92,23 @@ def check(path: Path, *, trust: bool = False) -> None:
             if (sizes["config.json"] > LARGEST_CONFIG or sizes["model.weights.h5"] > LARGEST_WEIGHTS
                     or sum(sizes.values()) > path.stat().st_size):
                 raise ValueError("its parts are larger than the file, or than any real model's")
+            if any(part.compress_size != part.file_size for part in parts):
+                # zipfile takes the memory for what a part says it has in the file before it reads.
+                raise ValueError("its parts have two different sizes")
             if not trust:
                 _check_config(json.loads(archive.read("config.json")))
             with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as weights:
-                _check_weights(weights, sizes["model.weights.h5"])
-    except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no model file that can be trusted: {error}",
+                check_weights(weights, sizes["model.weights.h5"])
+    except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, OverflowError,
+            zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no model file that can be trusted: {_readable(str(error))}",
                         expected="a model.keras from `hpcai train`") from None
+
+
+def _readable(text: str) -> str:
+    """Return what a stranger wrote as it can stand in a message: one line, without what a terminal would obey."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown if len(shown) <= 400 else f"{shown[:400]}..."
 
 
 def _check_config(config: object) -> None:
@@ -124,7 +134,7 @@ def _check_class(value: dict) -> None:
                          "file is your own, add --trust-model")
 
 
-def _check_weights(weights: h5py.File, size: int) -> None:
+def check_weights(weights: h5py.File, size: int) -> None:
     """Refuse links and storage outside the file, and datasets that are more than the file is long."""
     pending, seen, total = [weights], set(), 0
     while pending:

@@ -25,7 +25,7 @@ def open_source(source: str, *, downloads: Downloads | None, cache: Path) -> Ite
 
     Args:
         source: a folder; an archive (zip, tar, tar.gz, tar.bz2, tar.xz, told by content); `download` for the recipe's
-            mirrors (a folder of that name is `./download`); an http(s) address that ends in / for the recipe's files
+            mirrors (a folder of that name is `./download`); one CSV file; an http(s) address that ends in / for the recipe's files
             below it; an http(s) address of one archive.
         cache: folder for downloads, which stay, and for unpacked archives, which do not.
 
@@ -39,13 +39,22 @@ def open_source(source: str, *, downloads: Downloads | None, cache: Path) -> Ite
         raise UsageError(f"addresses with {scheme[1]}:// are not fetched", expected="http:// or https://, or a path",
                          mend="fetch the files yourself and use `--source FOLDER`", received=source)
     if source == "download" or scheme and source.endswith("/"):
-        yield download_files(source, downloads, cache)
-        return
+        folder = download_files(source, downloads, cache)
+        names = [file.name for file in downloads.files]
+        if len(names) != 1 or not names[0].endswith((".zip", ".tar.gz")):
+            yield folder
+            return
+        source, scheme = str(folder / names[0]), None
     path = None if scheme else _existing_path(source)
     if path and path.is_dir():
         yield path
         return
     with _temporary_folder(cache) as folder:
+        if path and re.search(r"\.(csv|tsv|txt)(\.gz)?$", path.name, re.I):
+            # A table is one file. It is linked and not copied, under a name of its own: two of them are not one source.
+            (folder / path.name).symlink_to(path.resolve())
+            yield folder
+            return
         if not path:
             download_archive(source, folder / "archive", cache)
         with writing_below(cache):

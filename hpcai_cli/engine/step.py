@@ -29,27 +29,33 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     trainable = model.trainable_variables
     statistics = [variable for variable in model.non_trainable_variables if "float" in variable.dtype]
 
-    def loss_of(inputs, labels, weights):
-        scores = task.scores(model(inputs, training=True))
+    def losses_of(labels, scores):
         losses = task.losses(labels, scores)
-        if weight_of_class is not None:
-            losses *= tf.gather(weight_of_class, labels)
+        return losses if weight_of_class is None else losses * tf.gather(weight_of_class, labels)
+
+    def loss_of(inputs, labels, weights, seed):
+        if recipe.mixup:
+            inputs, share = mixed(inputs, seed, alpha=recipe.mixup)
+        scores = task.scores(model(inputs, training=True))
+        losses = losses_of(labels, scores)
+        if recipe.mixup:
+            losses = share * losses + (1 - share) * losses_of(tf.roll(labels, 1, axis=0), scores)
         # Regularization counts once per step: the weights of a whole step sum to the number of ranks.
         loss = tf.reduce_sum(losses * weights) + sum(model.losses, 0.0) * tf.reduce_sum(weights)
         measure = tf.reduce_sum(tf.where(weights > 0, task.measures(labels, scores), 0.0))
         return loss, measure
 
-    def gradients_of(inputs, labels, weights):
+    def gradients_of(inputs, labels, weights, seed):
         with tf.GradientTape() as tape:
-            loss, measure = loss_of(inputs, labels, weights)
+            loss, measure = loss_of(inputs, labels, weights, seed)
             scaled = optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return gradients, tf.stack([loss, measure])
 
-    def accumulated(inputs, labels, weights):
+    def accumulated(inputs, labels, weights, seed):
         def add(number, totals, sums):
             part = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
-            gradients, more = gradients_of(inputs[part], labels[part], weights[part])
+            gradients, more = gradients_of(inputs[part], labels[part], weights[part], seed + [number, 0])
             totals = [a + tf.convert_to_tensor(b) for a, b in zip(totals, gradients, strict=True)]
             return number + 1, totals, sums + more
 
@@ -62,7 +68,8 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     def step(inputs, labels, weights, seed, stop):
         if augment is not None:
             inputs = augment(inputs, seed)
-        gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(inputs, labels, weights)
+        gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(
+            inputs, labels, weights, seed)
         sums = tf.concat([sums[:1] / ranks.size, sums[1:], [stop]], axis=0)
         if ranks.size > 1:
             # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
@@ -89,6 +96,21 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     return steps.get_concrete_function(
         *(tf.TensorSpec(array.shape, array.dtype) for array in (block.inputs, block.labels, block.weights)),
         tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32))
+
+
+def mixed(inputs: tf.Tensor, seed: tf.Tensor, *, alpha: float) -> tuple[tf.Tensor, tf.Tensor]:
+    """Lay over each example the one before it in the batch (mixup, arXiv 1710.09412).
+
+    Returns:
+        float32 inputs, and float32 (b,) in [0.5, 1], the share of each example that is its own.
+    """
+    draws = tf.random.stateless_gamma([2, len(inputs)], seed + [5, 0], alpha)
+    share = draws[0] / tf.maximum(draws[0] + draws[1], 1e-20)
+    # The larger share is the example's own, so that the measure of the training still means something.
+    share = tf.maximum(share, 1 - share)
+    inputs = tf.cast(inputs, tf.float32)
+    place = tf.reshape(share, [-1] + [1] * (len(inputs.shape) - 1))
+    return place * inputs + (1 - place) * tf.roll(inputs, 1, axis=0), share
 
 
 def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int) -> keras.optimizers.Optimizer:
