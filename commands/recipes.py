@@ -1,5 +1,6 @@
 """hpcai recipes: list, show, copy and validate recipes."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -91,16 +92,19 @@ def validate(recipe: Name, json: options.Json = False) -> None:
     with console.quiet():
         from hpcai_cli.engine import model, preprocessing
 
-    built = model.build(entry.recipe, entry.function("build_model"))
-    examples = 0
+    chosen, examples = entry.recipe, 0
     if source.function("sample") is not None:
         try:
-            splits = preprocessing.checked(source.recipe, source.function("sample")())
+            splits, class_names, _ = preprocessing.read_splits(source.recipe, source.function("sample")())
         except HpcaiError:
             raise
         except Exception as error:
             raise UsageError(f"recipe {recipe}: sample fails", received=f"{type(error).__name__}: {error}") from error
         examples = sum(len(labels) for _, labels in splits.values())
+        # What the recipe leaves to the data, the sample decides here.
+        chosen = dataclasses.replace(chosen, input_shape=chosen.input_shape or splits["train"][0].shape[1:],
+                                     num_classes=chosen.num_classes or len(class_names))
+    built = model.build(chosen, entry.function("build_model"))
     if json:
         console.result_json({"schema": "hpcai.validate/1", "command": "recipes validate", "recipe": entry.recipe.name,
                              "metrics": {"parameters": built.count_params(), "sample_examples": examples}})

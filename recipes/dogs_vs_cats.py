@@ -23,7 +23,7 @@ recipe = Recipe(
     class_names=("cat", "dog"),
     test_fraction=0.2,
     validation_fraction=0.1,
-    epochs=200,
+    epochs=260,
     batch_size=32,
     optimizer="adamw",
     learning_rate=1e-3,
@@ -31,11 +31,11 @@ recipe = Recipe(
     weight_decay=0.05,
     warmup_epochs=3.0,
     label_smoothing=0.05,
-    options={"architecture": "separable", "width": 32, "dropout": 0.5, "crop": 112, "zoom": 0.6, "rotation": 10.0,
-             "color": 0.3},
+    options={"architecture": "separable", "width": 32, "dropout": 0.5, "crop": 112, "zoom": 0.5, "rotation": 15.0,
+             "color": 0.4, "erase": 0.3},
     presets={"architecture": {"separable": {}, "tutorial": {
         "epochs": 30, "optimizer": "adam", "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0,
-        "label_smoothing": 0.0, "early_stopping_patience": 8, "crop": 150, "zoom": 0.8, "color": 0.1}}},
+        "label_smoothing": 0.0, "early_stopping_patience": 8, "crop": 150, "zoom": 0.8, "color": 0.1, "erase": 0.0}}},
 )
 
 
@@ -66,7 +66,8 @@ def augment(images, seed, recipe: Recipe):
     images = augmentation.warp(images, seed, size=(options["crop"], options["crop"]), zoom=(options["zoom"], 1.0),
                                stretch=0.3, rotation=options["rotation"])
     change = options["color"]
-    return augmentation.color(images, seed, brightness=change, contrast=change, saturation=change)
+    images = augmentation.color(images, seed, brightness=change, contrast=change, saturation=change)
+    return augmentation.erase(images, seed, share=options["erase"]) if options["erase"] else images
 
 
 def build_model(recipe: Recipe):

@@ -248,7 +248,8 @@ def process_of_rank(rank, folder):
             here = os.readlink(entry / "cwd")
         except OSError:
             continue
-        if f"HOROVOD_RANK={rank}".encode() in environment and HPCAI.encode() in words[:2] and here == folder:
+        names = (f"HOROVOD_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode())
+        if any(name in environment for name in names) and HPCAI.encode() in words[:2] and here == folder:
             return int(entry.name)
     raise AssertionError("no such rank")
 

@@ -172,7 +172,8 @@ def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None
 
 def _columns(dataset: Dataset) -> dict:
     """Return how the file's columns came about, so that `predict` can bring new rows to the same form."""
-    return {name: dataset.details[name] for name in ("columns", "label", "features") if name in dataset.details}
+    return {name: dataset.details[name] for name in ("columns", "features", "header", "label", "names")
+            if name in dataset.details}
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,6 @@
 """Predictions for files: in batches, each file on its own, an unreadable one reported and passed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -40,6 +40,33 @@ def predict_images(files: Iterable[str], *, run_forward: Callable, shape: tuple[
             for place, answer in zip(places, _answered(scores, class_names, threshold), strict=True):
                 said[place] |= answer
         yield from said
+
+
+def predict_rows(files: Iterable[str], *, run_forward: Callable, details: Mapping, class_names: tuple[str, ...],
+                 threshold: float | None = None) -> Iterator[dict]:
+    """Yield for each row of each CSV file, in order, `file`, `row` (from 1) and its answer, or `error`.
+
+    A file that cannot be read at all gives one line with `file` and `error`.
+
+    Args:
+        details: how the training data's columns came about, as `table_encoding.encode` tells it.
+    """
+    from hpcai_cli.engine.table_encoding import encode_rows
+
+    for name in files:
+        try:
+            inputs, problems = encode_rows(Path(name), details)
+        except DataError as error:
+            yield {"file": name, "error": str(error)}
+            continue
+        reasons = dict(problems)
+        for start in range(0, len(inputs), BATCH_SIZE):
+            part = inputs[start:start + BATCH_SIZE]
+            padded = np.zeros((BATCH_SIZE, inputs.shape[1]), np.float32)
+            padded[:len(part)] = part
+            scores = run_forward(tf.constant(padded)).numpy()[:len(part)]
+            for place, answer in enumerate(_answered(scores, class_names, threshold), start):
+                yield {"file": name, "row": place + 1, **({"error": reasons[place]} if place in reasons else answer)}
 
 
 def _answered(scores: np.ndarray, class_names: tuple[str, ...], threshold: float | None) -> list[dict]:

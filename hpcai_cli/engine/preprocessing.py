@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,30 +12,63 @@ import numpy as np
 from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
 from hpcai_cli.engine import store
+from hpcai_cli.engine.cleaning import judge
+from hpcai_cli.engine.image_files import ImageFiles
 from hpcai_cli.engine.sources import fingerprint, open_source
-from hpcai_cli.errors import DataError, HpcaiError, UsageError
+from hpcai_cli.engine.splits import SPLITS, share_out_arrays
+from hpcai_cli.errors import DataError, UsageError
 from hpcai_cli.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What the user may ask of a preprocessing beyond the recipe."""
+
+    force: bool = False
+    """Replace an output that was made from something else."""
+    on_bad: str = "skip"
+    """What becomes of files that cannot be used: skip, fail (nothing is written) or quarantine (they are copied)."""
+    max_bad: float = 0.1
+    """Share of bad files beyond which nothing is written."""
+    min_size: int = 16
+    """Pixels of the shorter side that a photograph has at least."""
+    processes: int = 0
+    """Processes that decode; 0 takes all cores."""
+
+
 def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downloads, source: str, output: Path,
-               force: bool = False) -> dict:
+               force: bool = False, wishes: Wishes | None = None) -> dict:
     """Write the dataset file of a recipe, unless it is there already, and return the report.
 
     Raises:
-        DataError: the source is missing, broken or not what the recipe reads.
+        DataError: the source is missing, broken or not what the recipe reads, or too much of it is bad.
         UsageError: the output holds something else.
         MissingError: the network was asked for and gave nothing.
+        StoppedEarly: a signal came while photographs were decoded; the same call goes on from there.
     """
     started = time.monotonic()
-    options = {"validation_fraction": recipe.validation_fraction, "seed": recipe.seed,
-               "reader": reader_digest(sample if source == "sample" else load)}
+    wishes = wishes or Wishes(force=force)
+    if source == "sample" and sample is None:
+        raise UsageError(f"recipe {recipe.name} has no built-in sample", expected="a folder, archive or address",
+                         received=source)
+    options = _options(recipe, sample if source == "sample" else load, wishes)
+    report = {"schema": "hpcai.preprocess/1", "command": "preprocess", "recipe": recipe.name, "source": source,
+              "file": str(output)}
     if source == "sample":
-        if sample is None:
-            raise UsageError(f"recipe {recipe.name} has no built-in sample", expected="a folder, archive or address",
-                             received=source)
-        return _write(recipe, sample, "sample", options, output, force, started, source)
-    with open_source(source, downloads=downloads, cache=cache_folder()) as folder:
-        return _write(recipe, lambda: load(folder, recipe), fingerprint(folder), options, output, force, started, source)
+        reused = _write(recipe, sample, "sample", options, output, wishes, source)
+    else:
+        with open_source(source, downloads=downloads, cache=cache_folder()) as folder:
+            reused = _write(recipe, lambda: load(folder, recipe), fingerprint(folder), options, output, wishes, source)
+    return report | {"reused": reused} | _described(output, recipe, time.monotonic() - started)
+
+
+def _options(recipe: Recipe, reader: Callable | None, wishes: Wishes) -> dict:
+    """Return what decides a file's content beside its source."""
+    return {"validation_fraction": recipe.validation_fraction, "test_fraction": recipe.test_fraction,
+            "seed": recipe.seed, "reader": reader_digest(reader), "min_size": wishes.min_size, "task": recipe.task,
+            "input_shape": list(recipe.input_shape), "class_names": list(recipe.class_names),
+            # The columns of a table are options; those of a model for images say nothing about its data.
+            "options": dict(recipe.options) if recipe.inputs == "features" else {}}
 
 
 def reader_digest(reader: Callable | None) -> str:
@@ -45,33 +79,64 @@ def reader_digest(reader: Callable | None) -> str:
         return ""
 
 
-def _write(recipe, read, source_fingerprint, options, output, force, started, source) -> dict:
-    report = {"schema": "hpcai.preprocess/1", "command": "preprocess", "recipe": recipe.name, "source": source,
-              "file": str(output)}
-    if output.exists() and not force:
+def _write(recipe, read, source_fingerprint, options, output, wishes, source) -> bool:
+    """Write the file, or return True where it is there already."""
+    if output.exists() and not wishes.force:
         there = _still_valid(output, recipe, source_fingerprint, options)
-        return report | {"reused": True, "fingerprint": there.fingerprint,
-                         "metrics": {"bytes": there.bytes, **_counts(there.counts),
-                                     "seconds": round(time.monotonic() - started, 3)}}
+        judge(there.details, sum(there.counts.values()), wishes, output, folder=None)
+        return True
     console.note(f"reading {source}")
-    splits = checked(recipe, read())
-    duplicates, conflicts = _duplicates(splits)
-    if recipe.validation_fraction and "validation" not in splits:
-        splits = _set_aside(splits, recipe.validation_fraction, recipe.seed)
-    names = recipe.class_names or tuple(map(str, range(recipe.num_classes)))
-    digest = store.write(output, {name: {recipe.inputs: inputs, "labels": labels}
-                                  for name, (inputs, labels) in splits.items()},
-                         recipe=recipe.name, class_names=names, source_fingerprint=source_fingerprint, options=options)
-    balance = {name: np.bincount(labels, minlength=recipe.num_classes).tolist() for name, (_, labels) in splits.items()}
-    return report | {
-        "reused": False, "fingerprint": digest, "rejected": [], "classes": list(names), "class_balance": balance,
-        "metrics": {**_counts({name: len(labels) for name, (_, labels) in splits.items()}), "rejected": 0,
-                    "duplicates": duplicates, "label_conflicts": conflicts, "bytes": output.stat().st_size,
-                    "seconds": round(time.monotonic() - started, 3)}}
+    value = read()
+    about = {"recipe": recipe.name, "source_fingerprint": source_fingerprint, "options": options}
+    splits, class_names, details = read_splits(recipe, value)
+    if any(isinstance(files, ImageFiles) for files in splits.values()):
+        from hpcai_cli.engine import photographs
+
+        photographs.write(output, splits, recipe, wishes, about)
+        return False
+    if not class_names and recipe.task == "classification":
+        count = recipe.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
+        class_names = recipe.class_names or tuple(map(str, range(count)))
+    judge(details, sum(len(labels) for _, labels in splits.values()), wishes, output, folder=None)
+    store.write(output, {name: {recipe.inputs: inputs, "labels": labels} for name, (inputs, labels) in splits.items()},
+                class_names=class_names, details=details, **about)
+    return False
 
 
-def _counts(counts: dict[str, int]) -> dict[str, int]:
-    return {f"{name}_examples": count for name, count in counts.items()}
+def read_splits(recipe: Recipe, value: object) -> tuple[dict, tuple[str, ...], dict]:
+    """Return splits, class names and details from what a recipe's load or sample returned.
+
+    Arrays are checked and shared out as the recipe says, a table is encoded, photographs stay files.
+    """
+    if not isinstance(value, dict):
+        from hpcai_cli.engine.table_encoding import encode
+        from hpcai_cli.engine.tables import Table
+
+        if isinstance(value, Table):
+            encoded = encode(value, recipe)
+            return checked(recipe, dict(encoded.splits)), tuple(encoded.class_names), dict(encoded.details)
+    splits = checked(recipe, value)
+    if any(isinstance(files, ImageFiles) for files in splits.values()):
+        return splits, (), {}
+    splits, found = share_out_arrays(splits, recipe)
+    return splits, (), {"duplicates": found["duplicates"], "conflicts": found["conflicts"],
+                        "duplicate_rows": found["duplicate_rows"], "label_conflicts": found["label_conflicts"]}
+
+
+def _described(output: Path, recipe: Recipe, seconds: float) -> dict:
+    """Return the part of the report that the finished file itself tells, the same for a new and a reused one."""
+    dataset = store.Dataset(output)
+    lists = {name: dataset.details.get(name, []) for name in ("rejected", "duplicates", "conflicts", "ignored")}
+    balance = {} if recipe.task == "regression" else {"class_balance": {
+        name: np.bincount(split.labels, minlength=len(dataset.class_names)).tolist()
+        for name, split in dataset.splits.items()}}
+    counts = {f"{name}_examples": len(split) for name, split in dataset.splits.items()}
+    return {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names), **lists, **balance, "metrics": {
+        **counts, "rejected": len(lists["rejected"]),
+        "duplicates": dataset.details.get("duplicate_rows", len(lists["duplicates"])),
+        "label_conflicts": dataset.details.get("label_conflicts", len(lists["conflicts"])),
+        "ignored": len(lists["ignored"]), "decoder_warnings": dataset.details.get("decoder_warnings", 0),
+        "bytes": output.stat().st_size, "seconds": round(seconds, 3)}}
 
 
 def _still_valid(output: Path, recipe: Recipe, source_fingerprint: str, options: dict) -> store.Report:
@@ -88,61 +153,51 @@ def _still_valid(output: Path, recipe: Recipe, source_fingerprint: str, options:
     return there
 
 
-def checked(recipe: Recipe, splits: object) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Check what a recipe's load returned: people write recipes, and a wrong shape must not become a file."""
-    problems = []
+def checked(recipe: Recipe, splits: object) -> dict[str, tuple[np.ndarray, np.ndarray] | ImageFiles]:
+    """Check what a recipe's load returned: people write recipes, and a wrong shape must not become a file.
+
+    Labels become int64, those of a regression float32.
+    """
     if not isinstance(splits, dict) or "train" not in splits:
         raise UsageError(f"recipe {recipe.name}: load gives no training split",
                          expected='{"train": (inputs, labels), "test": (inputs, labels)}',
                          received=type(splits).__name__)
-    for name, pair in splits.items():
-        if name not in ("train", "validation", "test"):
-            problems.append(f"{name!r} is no split")
+    problems = [f"{name!r} is no split" for name in splits if name not in SPLITS]
+    result, shape = {}, recipe.input_shape
+    kinds = {isinstance(value, ImageFiles) for value in splits.values()}
+    if len(kinds) > 1:
+        problems.append("some splits are files and some are arrays")
+    for name, value in splits.items():
+        if name not in SPLITS or isinstance(value, ImageFiles):
+            result[name] = value
             continue
         try:
-            inputs, labels = pair
-            shape, count, labeled = tuple(inputs.shape[1:]), len(inputs), (labels.shape, labels.dtype.kind)
+            inputs, labels = value
+            shape = shape or tuple(inputs.shape[1:])
+            found = _pair_problems(inputs, labels, recipe, shape)
         except (TypeError, ValueError, AttributeError):
-            problems.append(f"{name} is no pair of arrays")
-            continue
-        if shape != recipe.input_shape:
-            problems.append(f"{name} has examples of shape {shape} where the recipe has {recipe.input_shape}")
-        if inputs.dtype.name not in ("uint8", "float32"):
-            problems.append(f"{name} has inputs of type {inputs.dtype} where uint8 and float32 can be stored")
-        if labeled not in (((count,), "i"), ((count,), "u")):
-            problems.append(f"{name} has labels {labels.dtype} {labels.shape} for {count} examples")
-        elif not count:
-            problems.append(f"{name} is empty")
-        elif labels.min() < 0 or labels.max() >= recipe.num_classes:
-            problems.append(f"{name} has labels from {labels.min()} to {labels.max()} where the recipe has "
-                            f"{recipe.num_classes} classes")
+            found = ["is no pair of arrays"]
+        problems += [f"{name} {problem}" for problem in found]
+        if not found:
+            result[name] = inputs, labels.astype(np.float32 if recipe.task == "regression" else np.int64)
     if problems:
         raise DataError(f"recipe {recipe.name} read something that it cannot train on: {'; '.join(problems)}")
-    return {name: (inputs, labels.astype(np.int64)) for name, (inputs, labels) in splits.items()}
+    return result
 
 
-def _set_aside(splits: dict, fraction: float, seed: int) -> dict:
-    """Move a stratified share of the training examples to a validation split; both keep the source's order."""
-    from sklearn.model_selection import train_test_split
-
-    inputs, labels = splits["train"]
-    try:
-        kept, aside = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels)
-    except ValueError as error:
-        raise HpcaiError(f"cannot set aside {fraction:.1%} of {len(labels)} training examples: {error}",
-                         mend="give --validation-fraction 0") from None
-    kept.sort()
-    aside.sort()
-    return {"train": (inputs[kept], labels[kept]), "validation": (inputs[aside], labels[aside]),
-            **{name: pair for name, pair in splits.items() if name != "train"}}
-
-
-def _duplicates(splits: dict) -> tuple[int, int]:
-    """Count examples whose content was there before, in any split, and those among them with another label."""
-    seen, duplicates, conflicts = {}, 0, 0
-    for inputs, labels in splits.values():
-        for row, label in zip(inputs, labels.tolist(), strict=True):
-            key = hashlib.blake2b(np.ascontiguousarray(row), digest_size=16).digest()
-            duplicates += key in seen
-            conflicts += seen.setdefault(key, label) != label
-    return duplicates, conflicts
+def _pair_problems(inputs, labels, recipe: Recipe, shape: tuple[int, ...]) -> list[str]:
+    """Say what is wrong with the arrays of one split."""
+    count, problems = len(inputs), []
+    if tuple(inputs.shape[1:]) != shape:
+        problems.append(f"has examples of shape {tuple(inputs.shape[1:])} where the recipe has {shape}")
+    if not shape:
+        problems.append("has inputs of one dimension where each example is an array of its own")
+    if inputs.dtype.name not in ("uint8", "float32"):
+        problems.append(f"has inputs of type {inputs.dtype} where uint8 and float32 can be stored")
+    kinds = "iuf" if recipe.task == "regression" else "iu"
+    if labels.shape != (count,) or labels.dtype.kind not in kinds:
+        problems.append(f"has labels {labels.dtype} {labels.shape} for {count} examples")
+    else:
+        numbers = labels.astype(np.float32) if recipe.task == "regression" else labels
+        problems += store.label_problems(numbers, recipe, recipe.num_classes)
+    return problems

@@ -25,8 +25,8 @@ def open_source(source: str, *, downloads: Downloads | None, cache: Path) -> Ite
 
     Args:
         source: a folder; an archive (zip, tar, tar.gz, tar.bz2, tar.xz, told by content); `download` for the recipe's
-            mirrors (a folder of that name is `./download`); one CSV file; an http(s) address that ends in / for the recipe's files
-            below it; an http(s) address of one archive.
+            mirrors (a folder of that name is `./download`); a CSV file; an http(s) address that ends in / for the
+            recipe's files below it; an http(s) address of one archive or CSV file.
         cache: folder for downloads, which stay, and for unpacked archives, which do not.
 
     Raises:
@@ -49,18 +49,26 @@ def open_source(source: str, *, downloads: Downloads | None, cache: Path) -> Ite
     if path and path.is_dir():
         yield path
         return
+    table = _table_name(source)
     with _temporary_folder(cache) as folder:
-        if path and re.search(r"\.(csv|tsv|txt)(\.gz)?$", path.name, re.I):
-            # A table is one file. It is linked and not copied, under a name of its own: two of them are not one source.
-            (folder / path.name).symlink_to(path.resolve())
+        if not path:
+            download_archive(source, folder / (table or "archive"), cache)
+        if table:
+            # Alone in a folder, whatever lies beside it.
+            if path:
+                (folder / table).symlink_to(path.resolve())
             yield folder
             return
-        if not path:
-            download_archive(source, folder / "archive", cache)
         with writing_below(cache):
             unpack(path or folder / "archive", folder / "files", named=source)
             (folder / "archive").unlink(missing_ok=True)
         yield folder / "files"
+
+
+def _table_name(source: str) -> str:
+    """Return the file name of a source that is a single table by its name, else nothing."""
+    name = re.sub(r"[?#].*", "", source).rpartition("/")[2]
+    return name if re.search(r"\.(csv|tsv|txt|data)(\.gz)?$", name, re.I) else ""
 
 
 def fingerprint(folder: Path) -> str:

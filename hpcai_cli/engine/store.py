@@ -1,4 +1,4 @@
-"""The HDF5 dataset: write, verify, open.
+"""The HDF5 dataset: open, verify, fit to a recipe; hpcai_cli/engine/store_writer.py writes it.
 
 Per split two contiguous, unfiltered datasets, `SPLIT/images` (or `SPLIT/features`) and `SPLIT/labels`. Contiguous and
 unfiltered, so that a reader maps them at their offset in the file and gathers shuffled rows at memory speed, without
@@ -6,33 +6,25 @@ HDF5's global lock; any HDF5 tool reads them all the same.
 """
 
 import contextlib
-import errno
+import dataclasses
 import hashlib
 import json
 import mmap
-import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from hpcai_cli.errors import DataError, HpcaiError
+from hpcai_cli.engine.store_writer import FORMAT, TYPES, VERSION, chunks, fingerprint_of, piece_name
+from hpcai_cli.engine.store_writer import write as write
+from hpcai_cli.errors import DataError
 from hpcai_cli.recipe import Recipe
 
-FORMAT = "hpcai.dataset"
-VERSION = 1
-CHUNK_BYTES = 8 << 20
-"""How much is copied or hashed at a time: memory stays flat however large the file is."""
 RESIDENT_BYTES = 256 << 20
 """Mapped pages that a reader keeps before it gives them back; the kernel's page cache still has them."""
-ATTRIBUTE_BYTES = 32 << 10
-"""Longer texts are cut: HDF5 holds 64 KiB in an attribute."""
 MOST_EXPANSION = 2000
 """A packed dataset that says it is larger by more than this is a bomb; deflate reaches 1032."""
-TYPES = ("uint8", "int64", "float32")
 
 
 @dataclass(frozen=True)
@@ -48,109 +40,14 @@ class Report:
     class_names: tuple[str, ...]
     counts: dict[str, int]
     bytes: int
-
-
-def write(path: Path, splits: Mapping[str, Mapping[str, np.ndarray]], *, recipe: str, class_names: tuple[str, ...],
-          source_fingerprint: str, options: Mapping) -> str:
-    """Write a dataset file whole or not at all, and return its fingerprint. The same input gives the same bytes.
-
-    Args:
-        splits: for each of `train`, `validation`, `test` the arrays `images` or `features` (n, ...) and `labels` (n,).
-
-    Raises:
-        HpcaiError: the disk is full or the folder cannot be written; what was there is still there.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        needed = sum(array.nbytes for arrays in splits.values() for array in arrays.values())
-        free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(descriptor)
-        temporary = Path(name)
-        fingerprint = _fill(temporary, splits, recipe, class_names, source_fingerprint, options)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-        return fingerprint
-    except (OSError, RuntimeError) as error:
-        # h5py reports a full disk as an OSError or a RuntimeError without a code of its own.
-        raise HpcaiError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there is "
-                         "unchanged", mend="free some space or give another --output") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def _fill(path: Path, splits, recipe, class_names, source_fingerprint, options) -> str:
-    digests = {}
-    with h5py.File(path, "w", libver=("earliest", "v110")) as file:
-        for split, arrays in splits.items():
-            for name, array in arrays.items():
-                digests[f"{split}/{name}"] = _write_array(file, f"{split}/{name}", array)
-        train = splits["train"]
-        inputs = next(name for name in train if name != "labels")
-        fingerprint = hashlib.sha256(json.dumps([digests, list(class_names)], sort_keys=True).encode()).hexdigest()
-        write_attributes(file, {
-            "format": FORMAT, "version": VERSION, "recipe": recipe, "inputs": inputs, "fingerprint": fingerprint,
-            "class_names": json.dumps(class_names), "source_fingerprint": source_fingerprint,
-            "options": json.dumps(options, sort_keys=True),
-            "statistics": json.dumps(_statistics(train[inputs]), sort_keys=True)})
-    return fingerprint
-
-
-def _write_array(file: h5py.File, name: str, array: np.ndarray) -> str:
-    if array.dtype.name not in TYPES:
-        raise DataError(f"{name} has a type that the dataset file doesn't hold", expected=", ".join(TYPES),
-                        received=array.dtype.name)
-    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    layout.set_layout(h5py.h5d.CONTIGUOUS)
-    # Early allocation gives the dataset its place in the file now, so that a reader can map it.
-    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # HDF5's modification times would make two equal files differ.
-    layout.set_obj_track_times(False)
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    space = h5py.h5s.create_simple(array.shape)
-    identifier = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(array.dtype), space, layout, links)
-    dataset = h5py.Dataset(identifier)
-    digest = hashlib.sha256()
-    for start, stop in _chunks(array):
-        block = np.ascontiguousarray(array[start:stop])
-        dataset[start:stop] = block
-        digest.update(block)
-    write_attributes(dataset, {"sha256": digest.hexdigest(), "valid_rows": len(array)})
-    return digest.hexdigest()
-
-
-def write_attributes(item: h5py.HLObject, values: Mapping[str, str | int]) -> None:
-    """Write attributes as `_text` reads them: texts of fixed size, since HDF5 follows a damaged pointer of one of
-    variable size into a crash."""
-    for name, value in values.items():
-        content = value.encode() if isinstance(value, str) else None
-        if content is None:
-            item.attrs[name] = value
-            continue
-        for number, start in enumerate(range(0, max(1, len(content)), ATTRIBUTE_BYTES)):
-            piece = content[start:start + ATTRIBUTE_BYTES]
-            item.attrs.create(_piece(name, number), piece, dtype=h5py.string_dtype("utf-8", max(1, len(piece))))
-
-
-def _piece(name: str, number: int) -> str:
-    return f"{name}.{number}" if number else name
+    details: dict
+    """What was found on the way: lists of rejected files, duplicates, conflicts and ignored files."""
 
 
 def _text(item: h5py.HLObject, name: str) -> str:
     pieces = []
-    while not pieces or _piece(name, len(pieces)) in item.attrs:
-        place = _piece(name, len(pieces))
+    while not pieces or piece_name(name, len(pieces)) in item.attrs:
+        place = piece_name(name, len(pieces))
         kind = item.attrs.get_id(place)
         if kind.dtype.kind != "S" or kind.shape != ():
             raise ValueError(f"attribute {place} is no text of fixed size")
@@ -165,30 +62,12 @@ def _number(item: h5py.HLObject, name: str) -> int:
     return int(item.attrs[name])
 
 
-def _chunks(array):
-    rows = max(1, CHUNK_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))))
-    return ((start, min(start + rows, len(array))) for start in range(0, len(array), rows))
-
-
-def _statistics(inputs: np.ndarray) -> dict:
-    """Mean and standard deviation per channel (the last axis) of the training split, in float64."""
-    total = np.zeros(inputs.shape[-1])
-    squares = np.zeros(inputs.shape[-1])
-    for start, stop in _chunks(inputs):
-        block = inputs[start:stop].reshape(-1, inputs.shape[-1]).astype(np.float64)
-        total += block.sum(axis=0)
-        squares += np.square(block).sum(axis=0)
-    count = max(1, inputs.size // inputs.shape[-1])
-    mean = total / count
-    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist()}
-
-
 class Split:
     """The examples of one split, mapped from the file.
 
     Attributes:
         inputs: uint8 or float32 (n, ...), a read-only view of the file.
-        labels: int64 (n,), read-only.
+        labels: int64 (n,), or float32 (n,) for a regression, read-only.
     """
 
     def __init__(self, inputs: np.ndarray, labels: np.ndarray, pages: mmap.mmap | None, offset: int):
@@ -238,6 +117,25 @@ def _mapped_bytes() -> int:
         return int(stream.read().split()[2]) * mmap.PAGESIZE
 
 
+class _FirstRows:
+    """The valid rows of a dataset that cannot be mapped, read when they are asked for."""
+
+    def __init__(self, item: h5py.Dataset, count: int):
+        self._item, self._count = item, count
+        self.dtype, self.shape = item.dtype, (count, *item.shape[1:])
+        self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * item.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows):
+        # A slice that ends beyond the valid rows ends there, as it does with an array.
+        return self._item[slice(*rows.indices(self._count)) if isinstance(rows, slice) else rows]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self._item[:self._count], dtype)
+
+
 class Dataset:
     """An opened dataset file.
 
@@ -247,6 +145,7 @@ class Dataset:
         recipe: name of the recipe that wrote the file.
         class_names: names of the classes in the order of their labels.
         statistics: mean and std per channel of the training split.
+        details: what was found when the file was made, such as lists of rejected files.
     """
 
     def __init__(self, path: Path):
@@ -255,27 +154,27 @@ class Dataset:
             self.recipe = _text(file, "recipe")
             self.fingerprint = _text(file, "fingerprint")
             self.inputs_name = _text(file, "inputs")
+            if self.inputs_name not in ("images", "features"):
+                raise ValueError("attribute inputs is neither images nor features")
             self.class_names = tuple(_json(file, "class_names", list))
             if not all(isinstance(name, str) for name in self.class_names):
                 raise ValueError("attribute class_names holds something else than names")
             self.statistics = _json(file, "statistics", dict)
-            places = {}
-            for name in _split_names(file):
-                inputs, labels = (_dataset(file, f"{name}/{kind}", self.path) for kind in (self.inputs_name, "labels"))
-                if inputs.ndim < 2 or labels.ndim != 1 or len(inputs) != len(labels) or labels.dtype.kind != "i":
-                    raise _broken(self.path, f"{name} has {len(inputs)} examples and {labels.shape} labels")
-                places[name] = [(item.id.get_offset(), item.shape, item.dtype) for item in (inputs, labels)]
+            # Files of earlier versions of hpcai have none.
+            self.details = _json(file, "details", dict) if "details" in file.attrs else {}
+            places = {name: _place(file, name, self.inputs_name, self.path) for name in _split_names(file)}
         self._h5 = None
         with self.path.open("rb") as stream:
             # Mapped once for all splits; the map holds the file open by itself, across forks too.
             self._pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.splits = {name: self._split(name, *place) for name, place in places.items()}
 
-    def _split(self, name: str, inputs, labels) -> Split:
+    def _split(self, name: str, count: int, inputs, labels) -> Split:
         if inputs[0] is None or labels[0] is None:
             self._h5 = self._h5 or h5py.File(self.path, "r", locking=False)
-            return Split(self._h5[f"{name}/{self.inputs_name}"], self._h5[f"{name}/labels"][:], None, 0)
-        arrays = [np.frombuffer(self._pages, dtype, int(np.prod(shape, dtype=np.int64)), offset).reshape(shape)
+            return Split(_FirstRows(self._h5[f"{name}/{self.inputs_name}"], count), self._h5[f"{name}/labels"][:count],
+                         None, 0)
+        arrays = [np.frombuffer(self._pages, dtype, int(np.prod(shape, dtype=np.int64)), offset).reshape(shape)[:count]
                   for offset, shape, dtype in (inputs, labels)]
         return Split(*arrays, self._pages, inputs[0])
 
@@ -298,50 +197,72 @@ def verify(path: Path) -> Report:
         DataError: what is wrong with it.
     """
     dataset = Dataset(path)
-    digests, total = {}, 0
+    digests = {}
     with _opened(path) as file:
-        for split in dataset.splits:
+        for split, examples in dataset.splits.items():
             for kind in (dataset.inputs_name, "labels"):
                 item = file[f"{split}/{kind}"]
                 digest = hashlib.sha256()
-                for start, stop in _chunks(item):
+                for start, stop in chunks(item, len(examples)):
                     digest.update(np.ascontiguousarray(item[start:stop]))
-                total += item.size * item.dtype.itemsize
                 digests[f"{split}/{kind}"] = digest.hexdigest()
                 if digest.hexdigest() != _text(item, "sha256"):
                     raise _broken(path, f"the checksum of {split}/{kind} does not match its content")
         options = _json(file, "options", dict)
         source = _text(file, "source_fingerprint")
-    names = list(dataset.class_names)
-    if hashlib.sha256(json.dumps([digests, names], sort_keys=True).encode()).hexdigest() != dataset.fingerprint:
+    if fingerprint_of(digests, dataset.class_names) != dataset.fingerprint:
         raise _broken(path, "the fingerprint does not match the content")
     return Report(str(path), dataset.fingerprint, dataset.recipe, source, options, dataset.class_names,
-                  {name: len(split) for name, split in dataset.splits.items()}, path.stat().st_size)
+                  {name: len(split) for name, split in dataset.splits.items()}, path.stat().st_size, dataset.details)
 
 
-def check_fits(dataset: Dataset, recipe: Recipe, *, training: bool = True) -> None:
-    """Check that the data fit the recipe.
+def check_fits(dataset: Dataset, recipe: Recipe, *, training: bool = True) -> Recipe:
+    """Return the recipe with what it leaves to the data (shape, classes) taken from them.
 
     Raises:
         DataError: everything that doesn't fit, at once.
     """
+    train = dataset.split("train")
+    shape = recipe.input_shape or tuple(train.inputs.shape[1:])
+    if not recipe.num_classes and train.labels.dtype.kind == "f":
+        # A recipe that leaves its classes to the data finds that there are none: the labels are numbers.
+        recipe = dataclasses.replace(recipe, task="regression")
+    regression = recipe.task == "regression"
+    count = 0 if regression else recipe.num_classes or len(dataset.class_names)
     problems = []
     for name, split in dataset.splits.items():
-        if tuple(split.inputs.shape[1:]) != recipe.input_shape:
+        if tuple(split.inputs.shape[1:]) != shape:
             problems.append(f"{name} has examples of shape {tuple(split.inputs.shape[1:])} where the recipe has "
-                            f"{recipe.input_shape}")
-        if not len(split):
-            problems.append(f"{name} is empty")
-        elif int(split.labels.min()) < 0 or int(split.labels.max()) >= recipe.num_classes:
-            problems.append(f"{name} has labels from {split.labels.min()} to {split.labels.max()} where the recipe has "
-                            f"{recipe.num_classes} classes")
-    if len(dataset.class_names) != recipe.num_classes:
-        problems.append(f"it names {len(dataset.class_names)} classes where the recipe has {recipe.num_classes}")
+                            f"{shape}")
+        problems += [f"{name} {problem}" for problem in label_problems(split.labels, recipe, count)]
+    names = dataset.class_names
+    if len(names) != count or count == 1:
+        problems.append(f"it names {len(names)} classes where the recipe has "
+                        f"{'none' if regression else count if count > 1 else '2 or more'}")
+    elif recipe.class_names and recipe.class_names != names:
+        problems.append(f"its classes are {', '.join(names)} where the recipe has {', '.join(recipe.class_names)}")
     if training and recipe.early_stopping_patience and "validation" not in dataset.splits:
         problems.append("it has no validation split for early_stopping_patience to look at")
     if problems:
         raise DataError(f"{dataset.path} does not fit recipe {recipe.name}: {'; '.join(problems)}",
                         mend=f"write the file with `hpcai preprocess {recipe.dataset or recipe.name}`")
+    return dataclasses.replace(recipe, input_shape=shape, num_classes=count, class_names=names)
+
+
+def label_problems(labels: np.ndarray, recipe: Recipe, num_classes: int) -> list[str]:
+    """Say what keeps labels from being those of a recipe's task; 0 classes bounds them from below only."""
+    if not len(labels):
+        return ["is empty"]
+    if recipe.task == "regression":
+        if labels.dtype.kind != "f":
+            return [f"has labels of type {labels.dtype} where a regression has float32 numbers"]
+        return [] if np.isfinite(labels).all() else ["has labels that are not finite numbers"]
+    if labels.dtype.kind not in "iu":
+        return [f"has labels of type {labels.dtype} where a classification has whole numbers"]
+    if labels.min() < 0 or num_classes and labels.max() >= num_classes:
+        classes = num_classes or "any number of"
+        return [f"has labels from {labels.min()} to {labels.max()} where the recipe has {classes} classes"]
+    return []
 
 
 @contextlib.contextmanager
@@ -383,6 +304,17 @@ def _split_names(file: h5py.File) -> list[str]:
     if "train" not in names:
         raise ValueError("it has no train split")
     return names
+
+
+def _place(file: h5py.File, name: str, inputs_name: str, path: Path) -> tuple:
+    """Return the number of valid rows of a split, and offset, shape and type of its inputs and labels."""
+    inputs, labels = (_dataset(file, f"{name}/{kind}", path) for kind in (inputs_name, "labels"))
+    if inputs.ndim < 2 or labels.ndim != 1 or len(inputs) != len(labels) or labels.dtype.kind not in "if":
+        raise _broken(path, f"{name} has {len(inputs)} examples and {labels.shape} labels of type {labels.dtype}")
+    counts = {_number(item, "valid_rows") for item in (inputs, labels)}
+    if len(counts) != 1 or not 0 <= min(counts) <= len(labels):
+        raise _broken(path, f"{name} has {len(labels)} rows of which {counts} are said to be valid")
+    return counts.pop(), *((item.id.get_offset(), item.shape, item.dtype) for item in (inputs, labels))
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:

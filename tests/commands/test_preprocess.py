@@ -1,5 +1,6 @@
 """hpcai preprocess: raw files to a proven dataset file, written once and never by accident over something else."""
 
+import csv
 import gzip
 import json
 import struct
@@ -12,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 HPCAI = Path(sys.executable).parent / "hpcai"
 NAMES = {"train-images-idx3-ubyte": (240, 28, 28), "train-labels-idx1-ubyte": (240,),
@@ -70,12 +72,15 @@ def test_the_json_document(hpcai):
     metrics = document.pop("metrics")
     assert metrics.pop("seconds") > 0
     assert metrics == {"train_examples": 1318, "validation_examples": 120, "test_examples": 359, "rejected": 0,
-                       "duplicates": 0, "label_conflicts": 0, "bytes": Path("a.h5").stat().st_size}
+                       "duplicates": 0, "label_conflicts": 0, "ignored": 0, "decoder_warnings": 0,
+                       "bytes": Path("a.h5").stat().st_size}
     assert len(document.pop("fingerprint")) == 64
     balance = document.pop("class_balance")
     assert {name: sum(counts) for name, counts in balance.items()} == {"train": 1318, "validation": 120, "test": 359}
     assert document == {"schema": "hpcai.preprocess/1", "command": "preprocess", "recipe": "mnist", "source": "sample",
-                        "file": "a.h5", "reused": False, "rejected": [], "classes": [str(digit) for digit in range(10)]}
+                        "file": "a.h5", "reused": False, "rejected": [], "duplicates": [], "conflicts": [],
+                        "ignored": [],
+                        "classes": [str(digit) for digit in range(10)]}
 
 
 def test_stdout_is_pure_json_in_a_process_of_its_own():
@@ -229,3 +234,126 @@ def test_an_output_that_cannot_be_written(hpcai, output):
     Path("file").write_text("")
     assert f"cannot write {output}" in last_line(
         hpcai("preprocess", "mnist", "--source", "sample", "--output", output), 1)
+
+
+# ---- Photographs ---------------------------------------------------------------------------------------------------
+
+RECIPE = """'Cats and dogs.'
+from hpcai_cli.recipe import Recipe
+recipe = Recipe(name="pets", summary="", input_shape=(64, 64, 3), num_classes=2, class_names=("cat", "dog"))
+def load(source, recipe):
+    from hpcai_cli.engine.image_files import find_image_files
+    return find_image_files(source, shape=recipe.input_shape, class_names=recipe.class_names)
+def build_model(recipe):
+    raise NotImplementedError
+"""
+OUTCOMES = {"reject": "rejected", "ignore": "ignored", "keep": "kept", "keep or reject by --min-size": "small"}
+
+
+@pytest.fixture
+def pets() -> Path:
+    """Return a folder with ten cats and ten dogs; the recipe for them is ./pets.py."""
+    Path("pets.py").write_text(RECIPE)
+    for number in range(20):
+        path = Path("pets", ("Cat", "Dog")[number % 2], f"{number}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return Path("pets")
+
+
+def outcomes(document: dict, names: list[str]) -> dict[str, str]:
+    """Return what became of each file."""
+    listed = {name: {entry["file"] for entry in document[name]} for name in ("rejected", "ignored", "duplicates")}
+    listed["conflicts"] = {name for entry in document["conflicts"] for name in entry["files"]}
+    return {name: next((kind for kind, files in listed.items() if name in files), "kept") for name in names}
+
+
+def test_the_planted_archive(hpcai, shared_data):
+    """Every file as petimages-expected.csv says."""
+    Path("pets.py").write_text(RECIPE)
+    with (shared_data / "petimages-expected.csv").open(newline="") as file:
+        expected = {row["file"]: row["what it is and what must happen"] for row in csv.DictReader(file)}
+    assert len(expected) == 23
+    line = ["preprocess", "./pets.py", "--source", shared_data / "petimages.zip", "--max-bad", "1%", "--json"]
+    done = hpcai(*line, "--output", "a.h5")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    found = outcomes(document, list(expected))
+    for name, text in expected.items():
+        words = text.split(":")[0]
+        if words in OUTCOMES:
+            wanted = OUTCOMES[words].replace("small", "rejected")
+        else:
+            wanted = "conflicts" if "label conflict" in text else "duplicates"
+        assert found[name] == wanted, f"{name}: {text}"
+    assert document["conflicts"] == [{"files": ["Cat/0.jpg", "Dog/10021.jpg"], "labels": [0, 1]}]
+    assert document["duplicates"] == [{"file": "Cat/10022.jpg", "same_as": "Cat/1.jpg"}]
+    reasons = {entry["file"]: entry["reason"] for entry in document["rejected"] + document["ignored"]}
+    for name, words in (("Cat/10000.jpg", "empty file"), ("Cat/10002.jpg", "truncated"),
+                        ("Dog/10003.jpg", "not an image"), ("Cat/Thumbs.db", "not an image name"),
+                        ("Dog/.DS_Store", "hidden file"), ("Cat/10019.jpg", "1x1 pixels is smaller than 16")):
+        assert words in reasons[name]
+    metrics = document["metrics"]
+    assert (metrics["rejected"], metrics["duplicates"], metrics["label_conflicts"], metrics["train_examples"]) == (
+        8, 1, 1, 1609)
+    assert hpcai("preprocess", "--verify", "a.h5").exit_code == 0
+    again = json.loads(hpcai(*line, "--output", "a.h5").stdout)
+    assert again["reused"] and again["rejected"] == document["rejected"]
+    small = json.loads(hpcai(*line, "--output", "b.h5", "--min-size", 1).stdout)
+    assert outcomes(small, ["Cat/10019.jpg", "Dog/10020.jpg"]) == {"Cat/10019.jpg": "kept", "Dog/10020.jpg": "kept"}
+
+
+def test_the_table_names_twenty_files_and_counts_the_others(hpcai, pets):
+    for number in range(25):
+        Path(pets, "Cat", f"bad{number:02}.jpg").write_bytes(b"Dear Sir")
+    Path(pets, "Cat", "a\x1b[2J.jpg").write_bytes(b"Dear Sir")
+    done = hpcai("preprocess", "./pets.py", "--source", pets, "--output", "a.h5", "--max-bad", "60%")
+    assert done.exit_code == 0, done.stderr
+    assert "Cat/bad18.jpg" in done.stdout and "Cat/bad19.jpg" not in done.stdout
+    assert "and 6 more, see --json" in done.stdout
+    assert "\x1b" not in done.stdout and "Cat/a\\x1b[2J.jpg" in done.stdout
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--on-bad", "fail"], "1 of 21 files cannot be used (Cat/bad.jpg: not an image); expected none"),
+    (["--max-bad", "1%"], "expected at most 1 %"), (["--max-bad", "0.01"], "expected at most 1 %")])
+def test_bad_files_end_it_where_they_may_not_be(hpcai, pets, options, words):
+    Path(pets, "Cat", "bad.jpg").write_bytes(b"Dear Sir")
+    line = ["preprocess", "./pets.py", "--source", pets, "--output", "a.h5"]
+    assert words in last_line(hpcai(*line, *options), 3)
+    assert sorted(path.name for path in Path(".").iterdir()) == ["pets", "pets.py"]
+    assert hpcai(*line, "--on-bad", "quarantine").exit_code == 0
+    assert Path("a.h5.quarantine/Cat/bad.jpg").read_bytes() == b"Dear Sir"
+
+
+@pytest.mark.parametrize("share", ["much", "2", "-1%", "nan", ""])
+def test_a_share_that_is_none(hpcai, pets, share):
+    assert "cannot read --max-bad" in last_line(
+        hpcai("preprocess", "./pets.py", "--source", pets, f"--max-bad={share}"), 2)
+
+
+def test_a_test_split_is_set_aside(hpcai, pets):
+    done = hpcai("preprocess", "./pets.py", "--source", pets, "--output", "a.h5", "--test-fraction", 0.2, "--json")
+    assert json.loads(done.stdout)["class_balance"] == {"train": [8, 8], "test": [2, 2]}
+
+
+# ---- Inspected -----------------------------------------------------------------------------------------------------
+
+def test_what_is_in_a_file(hpcai, pets):
+    Path(pets, "Cat", "bad.jpg").write_bytes(b"Dear Sir")
+    hpcai("preprocess", "./pets.py", "--source", pets, "--output", "a.h5")
+    done = hpcai("preprocess", "inspect", "a.h5", "--output", "sheet.png")
+    assert done.exit_code == 0, done.stderr
+    for words in ("images, uint8 64x64x3", "train, by class", "Cat/bad.jpg", "not an image"):
+        assert words in done.stdout
+    with Image.open("sheet.png") as sheet:
+        assert sheet.format == "PNG"
+    document = json.loads(hpcai("preprocess", "inspect", "a.h5", "--json").stdout)
+    assert document["schema"] == "hpcai.inspect/1" and document["metrics"]["train_examples"] == 20
+
+
+@pytest.mark.parametrize(("line", "code", "words"), [
+    (["inspect"], 2, "inspect needs a dataset file"), (["inspect", "none.h5"], 3, "does not exist"),
+    (["mnist", "a.h5"], 2, "preprocess takes one recipe")])
+def test_what_cannot_be_inspected(hpcai, line, code, words):
+    assert words in last_line(hpcai("preprocess", *line), code)

@@ -155,3 +155,59 @@ def test_a_recipe_without_a_sample_says_what_it_wants(tmp_path):
     with pytest.raises(UsageError, match="recipe tiny has no built-in sample; expected a folder, archive or address"):
         preprocessing.preprocess(RECIPE, load=None, sample=None, downloads=None, source="sample",
                                  output=tmp_path / "a.h5")
+
+
+def test_a_test_split_is_set_aside_and_no_content_is_on_two_sides(tmp_path):
+    """Where the split is ours, repeated images are left out, and those under two labels altogether."""
+    pictures, labels = images(60), np.arange(60) % 3
+    splits = {"train": (np.concatenate([pictures, pictures[[0, 0, 4]]]), np.concatenate([labels, [0, 0, 2]]))}
+    recipe = RECIPE.override({"test_fraction": "0.25", "validation_fraction": "0.2"})
+    report = preprocess(tmp_path / "a.h5", splits, recipe=recipe)
+    assert report["duplicates"] == [{"file": "train[60]", "same_as": "train[0]"},
+                                    {"file": "train[61]", "same_as": "train[0]"}]
+    assert report["conflicts"] == [{"files": ["train[4]", "train[62]"], "labels": [1, 2]}]
+    dataset = store.Dataset(tmp_path / "a.h5")
+    parts = [rows(dataset.split(name)) for name in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [35, 9, 15]
+    assert len(set.union(*parts)) == 59
+    assert pictures[4].tobytes() not in set.union(*parts)
+
+
+def test_repeated_training_images_go_to_validation_together(tmp_path):
+    pictures, labels = images(60), np.arange(60) % 3
+    splits = {"train": (np.concatenate([pictures, pictures]), np.concatenate([labels, labels])),
+              "test": (images(9, 1), np.arange(9) % 3)}
+    report = preprocess(tmp_path / "a.h5", splits, recipe=RECIPE.override({"validation_fraction": "0.2"}))
+    assert report["metrics"]["duplicates"] == 60 and report["duplicates"] == []
+    dataset = store.Dataset(tmp_path / "a.h5")
+    assert [len(dataset.split(name)) for name in ("train", "validation", "test")] == [96, 24, 9]
+    assert not rows(dataset.split("train")) & rows(dataset.split("validation"))
+
+
+def test_a_regression_and_what_the_recipe_leaves_to_the_data(tmp_path):
+    line = Recipe(name="line", summary="", task="regression", inputs="features")
+    inputs = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    splits = {"train": (inputs, inputs.sum(axis=1).astype(np.float64)), "test": (inputs[:5] + 9, np.arange(5))}
+    report = preprocess(tmp_path / "a.h5", splits, recipe=line)
+    assert "class_balance" not in report and report["classes"] == []
+    dataset = store.Dataset(tmp_path / "a.h5")
+    assert dataset.split("train").labels.dtype == np.float32
+    np.testing.assert_allclose(dataset.split("train").labels, inputs.sum(axis=1), rtol=1e-6)
+    fitted = store.check_fits(dataset, line)
+    assert (fitted.input_shape, fitted.num_classes, fitted.class_names) == ((2,), 0, ())
+    kinds = Recipe(name="kinds", summary="", inputs="features")
+    with pytest.raises(DataError, match="labels of type float32 where a classification has whole numbers"):
+        store.check_fits(dataset, kinds)
+    preprocess(tmp_path / "b.h5", {"train": (inputs, np.arange(40) % 4)}, recipe=kinds)
+    fitted = store.check_fits(store.Dataset(tmp_path / "b.h5"), kinds)
+    assert (fitted.input_shape, fitted.num_classes, fitted.class_names) == ((2,), 4, ("0", "1", "2", "3"))
+    with pytest.raises(DataError, match="has labels of type int64 where a regression has float32 numbers"):
+        store.check_fits(store.Dataset(tmp_path / "b.h5"), line)
+
+
+@pytest.mark.parametrize("labels", [np.array([1.0, np.nan, 2.0]), np.array([1.0, 2.0, 1e300])])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_the_numbers_of_a_regression_are_finite(labels):
+    line = Recipe(name="line", summary="", task="regression", inputs="features")
+    with pytest.raises(DataError, match="train has labels that are not finite numbers"):
+        preprocessing.checked(line, {"train": (np.ones((3, 2), np.float32), labels)})

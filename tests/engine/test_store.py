@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpcai_cli.engine import store
+from hpcai_cli.engine import store, store_writer
 from hpcai_cli.errors import DataError, HpcaiError
 from hpcai_cli.recipe import Recipe
 
@@ -81,7 +81,7 @@ def test_verify_finds_one_flipped_bit_in_each_dataset(file, name):
 
 def test_verify_finds_labels_that_got_other_names(file):
     with h5py.File(file, "a") as opened:
-        store.write_attributes(opened, {"class_names": '["b", "a", "c"]'})
+        store_writer.write_attributes(opened, {"class_names": '["b", "a", "c"]'})
     with pytest.raises(DataError, match="the fingerprint does not match the content"):
         store.verify(file)
 
@@ -180,3 +180,42 @@ def test_a_type_that_the_file_does_not_hold_is_refused_and_leaves_nothing(tmp_pa
     with pytest.raises(HpcaiError, match="expected uint8, int64, float32.*complex64"):
         write(tmp_path / "new.h5", arrays)
     assert os.listdir(tmp_path) == []
+
+
+def test_details_are_found_again(tmp_path):
+    details = {"rejected": [{"file": f"cat/{number}\udcff.jpg", "reason": "empty file"} for number in range(5_000)]}
+    store.write(tmp_path / "a.h5", splits(), recipe="tiny", class_names=("a", "b", "c"), source_fingerprint="",
+                options={}, details=details)
+    assert store.Dataset(tmp_path / "a.h5").details == store.verify(tmp_path / "a.h5").details == details
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_the_valid_rows_count(file, packed):
+    with h5py.File(file, "a") as opened:
+        for kind in ("images", "labels"):
+            values = opened[f"train/{kind}"][:]
+            if packed:
+                del opened[f"train/{kind}"]
+                opened.create_dataset(f"train/{kind}", data=values, chunks=True)
+            opened[f"train/{kind}"].attrs["valid_rows"] = 20
+    split = store.Dataset(file).split("train")
+    assert (len(split), split.inputs.shape[0], len(split.inputs[:])) == (20, 20, 20)
+    images, labels = np.empty((1, 4, 3, 2), np.uint8), np.empty(1, np.int64)
+    split.gather(np.array([19]), images, labels)
+    np.testing.assert_array_equal(images[0], splits()["train"]["images"][19])
+
+
+@pytest.mark.parametrize("counts", [(24, 24), (-1, -1), (20, 21)])
+def test_valid_rows_that_cannot_be(file, counts):
+    with h5py.File(file, "a") as opened:
+        for kind, count in zip(("images", "labels"), counts, strict=True):
+            opened[f"train/{kind}"].attrs["valid_rows"] = count
+    with pytest.raises(DataError, match="train has 23 rows of which"):
+        store.Dataset(file)
+
+
+def test_other_class_names_do_not_fit(file):
+    recipe = RECIPE.override({"class_names": "a,ß,b"})
+    with pytest.raises(DataError, match="its classes are a, b, ß where the recipe has a, ß, b"):
+        store.check_fits(store.Dataset(file), recipe)
+    assert store.check_fits(store.Dataset(file), RECIPE).class_names == ("a", "b", "ß")
