@@ -68,7 +68,8 @@ def train(
 
     source = entry.data_source()
     request = job.Request(chosen, entry.reference, entry.function("build_model"), entry.function("augment"),
-                          entry.function("adapt"), source.recipe, source.function("sample"), data, output, resume, tensorboard)
+                          entry.function("adapt"), source.recipe, source.function("sample"), data, output, resume,
+                          tensorboard)
     if np > 1:
         _start_ranks(np, job.prepare(request), request, assignments, json)
         return

@@ -11,8 +11,6 @@ Score: not measured: where this was written the weights could not be fetched. El
 more.
 """
 
-from pathlib import Path
-
 from hpcai_cli.recipe import Recipe
 
 recipe = Recipe(

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 HPCAI = Path(sys.executable).parent / "hpcai"
 MODULES = sorted(path.stem for path in (ROOT / "commands").glob("*.py") if path.stem != "__init__")
 BUILT_IN = sorted(path.stem.replace("_", "-") for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
-HEAVY = ("tensorflow", "keras", "numpy", "h5py", "horovod", "sklearn", "pandas", "matplotlib", "PIL", "hpcai_cli.engine",
-         "hpcai_cli.recipes.")
+HEAVY = ("tensorflow", "keras", "numpy", "h5py", "horovod", "sklearn", "pandas", "matplotlib", "PIL",
+         "hpcai_cli.engine", "hpcai_cli.recipes.")
 TREE = typer.main.get_command(app)
 
 

@@ -86,7 +86,7 @@ def color(images: tf.Tensor, seed: tf.Tensor, *, brightness: float = 0.0, contra
 
 
 def erase(images: tf.Tensor, seed: tf.Tensor, *, share: float) -> tf.Tensor:
-    """Gray out a square of `share` of the side at a random place (cutout, arXiv 1708.04552), reaching over the edges."""
+    """Gray out a square of `share` of the side at a random place (cutout, arXiv 1708.04552), over the edges too."""
     count, height, width = images.shape[0], images.shape[1], images.shape[2]
     middles = tf.random.stateless_uniform([2, count, 1], seed + [3, 0])
     rows = tf.abs((tf.range(height, dtype=tf.float32) + 0.5) / height - middles[0]) < share / 2

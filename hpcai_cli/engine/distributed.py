@@ -52,8 +52,8 @@ class Horovod:
         self._hvd = hvd
         if os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "mpi":
             # A rank that waits in MPI spins, on the very core that computes what the others wait for; yielding leaves
-            # it to them. Looking for work then costs next to nothing, and half a millisecond is waited less than one.
-            # Two processes on two cores reached 0.92 of twice one with both, 0.75 with neither (`hpcai benchmark scaling`).
+            # it to them. Looking for work then costs next to nothing, so that it may be done twice as often as by
+            # default (`hpcai benchmark scaling` measures what comes of it).
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.5")
         hvd.init()

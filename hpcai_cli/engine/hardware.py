@@ -19,8 +19,9 @@ def share_cores(*, local_rank: int, local_size: int) -> int:
     """
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, machine.cores() // local_size)
-    # horovodrun binds nobody: fewer cores than the machine has are then the whole job's allocation.
-    bound = len(cores) < (os.cpu_count() or 1) and launch.place().launcher != "horovodrun"
+    # horovodrun binds nobody, and --np asks mpirun not to: fewer cores than the machine has are then the whole job's.
+    unbound = launch.place().launcher == "horovodrun" or launch.REGISTER_VARIABLE in os.environ
+    bound = len(cores) < (os.cpu_count() or 1) and not unbound
     if local_size == 1 or bound:
         return machine.cores()
     if share * local_size <= len(cores):

@@ -34,7 +34,7 @@ class Request:
     augment: Callable | None
     """augment(inputs, seed, recipe) -> inputs, within the compiled step."""
     adapt: Callable | None
-    """adapt(model, inputs, labels, recipe): fits what the model takes from the training split, before the first step."""
+    """adapt(model, inputs, labels, recipe): fits what the model takes from the training split, before step one."""
     data_recipe: Recipe
     """The recipe whose data this one trains on."""
     sample: Callable | None
@@ -165,7 +165,8 @@ def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None
     write_json(run.manifest_file, {
         "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,
         "data": os.path.abspath(dataset.path), "data_fingerprint": dataset.fingerprint,
-        "class_names": list(dataset.class_names), "data_details": _columns(dataset), "seed": request.recipe.seed, **facts,
+        "class_names": list(dataset.class_names), "data_details": _columns(dataset),
+        "seed": request.recipe.seed, **facts,
         "host": socket.gethostname(), "python": platform.python_version(), "git_commit": _git_commit(),
         "versions": {name: _version(name) for name in ("hpcai", "tensorflow", "keras", "horovod", "h5py", "numpy")}})
 

@@ -47,7 +47,7 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
 
 def adapt(recipe: Recipe, model: keras.Model, function: Callable | None, inputs: np.ndarray,
           labels: np.ndarray) -> None:
-    """Let the recipe fit what its model takes from the training split or from elsewhere: statistics, pretrained weights.
+    """Let the recipe fit what its model takes from the training split or elsewhere: statistics, pretrained weights.
 
     Raises:
         UsageError: the function fails.

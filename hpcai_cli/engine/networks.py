@@ -38,7 +38,7 @@ def residual(inputs, *, width: int):
 
 
 def separable(inputs, *, width: int, stages: int = 5):
-    """Return pooled features, (batch, width * 2**(stages - 1)), of a small Xception for photographs of 64 pixels and up.
+    """Return pooled features, (batch, width * 2**(stages - 1)), of a small Xception, for photographs.
 
     Separable convolutions with shortcuts (arXiv 1610.02357) have few weights to overfit with: from a thousand
     photographs they learn more than plain convolutions do.

@@ -208,12 +208,12 @@ def test_a_cut_file_is_found(hpcai, made):
 @pytest.mark.parametrize(("source", "code", "words"), [
     ("nowhere", 3, "there is no nowhere in"), ("empty", 3, "files are missing: train-images-idx3-ubyte"),
     ("ftp://host/mnist", 2, "addresses with ftp:// are not fetched"), ("", 2, "the source is empty"),
-    ("letter.txt", 3, "no archive")])
+    ("letter.doc", 3, "no archive")])
 def test_a_source_that_gives_nothing(hpcai, source, code, words):
     Path("empty").mkdir()
-    Path("letter.txt").write_text("Dear Sir")
+    Path("letter.doc").write_text("Dear Sir")
     assert words in last_line(hpcai("preprocess", "mnist", "--source", source, "--output", "a.h5"), code)
-    assert sorted(path.name for path in Path(".").iterdir()) == ["empty", "letter.txt"]
+    assert sorted(path.name for path in Path(".").iterdir()) == ["empty", "letter.doc"]
 
 
 def test_a_broken_source_leaves_no_output(hpcai, digits):

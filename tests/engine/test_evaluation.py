@@ -122,7 +122,8 @@ def test_the_logits_of_all_ranks_are_those_of_one(count, size):
     split = Split(source.normal(size=(count, 6)).astype(np.float32), source.integers(0, 3, count), None, 0)
     keras.utils.set_random_seed(1)
     run_forward = evaluation.forward(keras.Sequential([keras.Input((6,)), keras.layers.Dropout(0.9),
-                                                       keras.layers.Dense(3)]), Recipe(name="r", summary="", num_classes=3))
+                                                       keras.layers.Dense(3)]),
+                                     Recipe(name="r", summary="", num_classes=3))
     alone = evaluation.scores_of(run_forward, split, Serial(), columns=3)
     assert (alone.shape, alone.dtype) == ((count, 3), np.float32)
     done = []

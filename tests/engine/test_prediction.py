@@ -41,7 +41,7 @@ def test_answers_keep_the_order_and_errors_their_lines(tmp_path):
     assert [answer["file"] for answer in answers] == names
     assert [answer.get("label") for answer in answers] == ["light", None, "dark", None, "gray", "light"]
     assert answers[1] == {"file": names[1], "error": answers[1]["error"]}
-    assert answers[1]["error"].startswith("this is no image")
+    assert answers[1]["error"].startswith("not an image")
     assert answers[3]["error"].startswith("the file does not exist")
     for number in (0, 2, 4, 5):
         assert set(answers[number]) == {"file", "label", "probability"}
@@ -79,6 +79,7 @@ def test_a_batch_without_a_readable_file_asks_no_model(tmp_path):
 def test_answers_come_before_the_names_end(tmp_path):
     """A pipe that never ends gets its answers all the same."""
     name = write(tmp_path, "dark.png", 20)
-    answers = prediction.predict_images(itertools.repeat(name), run_forward=run_forward, shape=(4, 4, 1), class_names=NAMES)
+    answers = prediction.predict_images(itertools.repeat(name), run_forward=run_forward, shape=(4, 4, 1),
+                                        class_names=NAMES)
     assert next(answers)["label"] == "dark"
     assert len(run_forward.shapes) == 1

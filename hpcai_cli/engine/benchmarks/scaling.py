@@ -18,8 +18,6 @@ SETTINGS = {"1,024 images a step and process": {"batch_size": "32", "accumulatio
             "64 images a step and process": {}}
 """A step as large jobs have it, and the recipe as it is. Parts of 32 images fit into a core's cache; Horovod's own work
 is the same for each step, so that the size of a step decides how much of the time it takes."""
-CYCLE_MILLISECONDS = "5"
-"""How often Horovod looks for work in the large setting; each look costs the cores about a tenth of a millisecond."""
 
 
 def measure(setting: Setting) -> list[Figure]:
@@ -53,7 +51,6 @@ class _Trainings:
     def __init__(self, data: Path, folder: Path, values: dict[str, str]):
         self._data, self._folder, self._number = data, folder, 0
         self._words = ["--epochs", str(EPOCHS), *(f"--set={key}={value}" for key, value in values.items())]
-        self._environment = {**os.environ, **({"HOROVOD_CYCLE_TIME": CYCLE_MILLISECONDS} if values else {})}
 
     def one(self) -> float:
         """One process on one core."""
@@ -73,7 +70,7 @@ class _Trainings:
         mine = sorted(os.sched_getaffinity(0))
         return subprocess.Popen(
             [PROGRAM, "train", "mnist", "--data", str(self._data), "--np", str(processes), "--output", str(output),
-             *self._words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environment,
+             *self._words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             preexec_fn=lambda: os.sched_setaffinity(0, [mine[core] for core in cores])), output
 
     def _finish(self, started: tuple[subprocess.Popen, Path]) -> float:
