@@ -16,7 +16,7 @@ from hpcai_cli.run import Run
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder from `hpcai train`.")],
-    files: Annotated[list[str] | None, typer.Argument(metavar="[FILES | -]", help="Images or CSV files; `-` reads names "
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILES | -]", help="Images or CSV files; `-` has names "
                                                       "from standard input, one a line.")] = None,
     trust_model: Annotated[bool, typer.Option("--trust-model", help="Load classes of your own from the model file; "
                                               "only for files that you made: they can run code.")] = False,

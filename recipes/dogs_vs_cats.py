@@ -8,7 +8,10 @@ Commands:
     hpcai preprocess dogs-vs-cats --source petimages.zip --output data/dogs-vs-cats.h5
     hpcai train dogs-vs-cats --data data/dogs-vs-cats.h5
     hpcai train dogs-vs-cats --data data/dogs-vs-cats.h5 --set architecture=tutorial
-Score: SCORE
+    hpcai preprocess dogs-vs-cats --source petimages.zip --validation-fraction 0.1 --output data/validated.h5
+    hpcai train dogs-vs-cats --data data/validated.h5 --set architecture=tutorial --set early_stopping_patience=5
+Score: 87.0 % of 323 held-out photographs (area under ROC 0.943) after training on 1,286, in 20 minutes (AMD EPYC Zen 5,
+2 cores that others used too, float32; 2026-11-21).
 """
 
 from pathlib import Path
@@ -22,7 +25,6 @@ recipe = Recipe(
     num_classes=2,
     class_names=("cat", "dog"),
     test_fraction=0.2,
-    validation_fraction=0.1,
     epochs=260,
     batch_size=32,
     optimizer="adamw",
@@ -35,7 +37,7 @@ recipe = Recipe(
              "color": 0.4, "erase": 0.3},
     presets={"architecture": {"separable": {}, "tutorial": {
         "epochs": 30, "optimizer": "adam", "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0,
-        "label_smoothing": 0.0, "early_stopping_patience": 8, "crop": 150, "zoom": 0.8, "color": 0.1, "erase": 0.0}}},
+        "label_smoothing": 0.0, "crop": 150, "zoom": 0.8, "color": 0.1, "erase": 0.0}}},
 )
 
 

@@ -67,8 +67,8 @@ def _options(recipe: Recipe, reader: Callable | None, wishes: Wishes) -> dict:
     return {"validation_fraction": recipe.validation_fraction, "test_fraction": recipe.test_fraction,
             "seed": recipe.seed, "reader": reader_digest(reader), "min_size": wishes.min_size, "task": recipe.task,
             "input_shape": list(recipe.input_shape), "class_names": list(recipe.class_names),
-            # The columns of a table are options; those of a model for images say nothing about its data.
-            "options": dict(recipe.options) if recipe.inputs == "features" else {}}
+            # A recipe that leaves the shape to the data decides it by options; other options are the model's.
+            "options": {} if recipe.input_shape else dict(recipe.options)}
 
 
 def reader_digest(reader: Callable | None) -> str:
