@@ -99,7 +99,8 @@ def _evaluate_here(run: Run, data: Path | None, split_name: str, trust_model: bo
         # Classes of the user's own are registered by the module that defines them.
         catalog.find(manifest["recipe_reference"])
     model = model_file.load(run.model_file, trust=trust_model)
-    with console.progress("evaluating", total=-(-len(split) // ranks.size), unit="images") as shown:
+    with console.progress("evaluating", total=-(-len(split) // ranks.size),
+                          unit="images" if recipe.inputs == "images" else "rows") as shown:
         scores = evaluation.scores_of(evaluation.forward(model, recipe), split, ranks,
                                       columns=task_of(recipe).columns, on_batch=shown.update)
     threshold = run.decision_threshold()

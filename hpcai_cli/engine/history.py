@@ -30,6 +30,11 @@ def status(recipe: Recipe, epoch: int, sums: list[float]) -> str:
             f"{measure / examples:.4f}")
 
 
+def unit(recipe: Recipe) -> str:
+    """Return what an example is called on a progress bar."""
+    return "images" if recipe.inputs == "images" else "rows"
+
+
 def _words(recipe: Recipe) -> str:
     return task_of(recipe).measure.replace("_", " ")
 
@@ -40,7 +45,7 @@ def sentence(recipe: Recipe, row: dict) -> str:
     text = f"epoch {row['epoch']}/{recipe.epochs}: loss {row['loss']:.4f}, {words} {row[measure]:.4f}"
     if "validation_loss" in row:
         text += f", validation loss {row['validation_loss']:.4f}, {words} {row[f'validation_{measure}']:.4f}"
-    return f"{text}, {row['images_per_second']:,.0f} images/s"
+    return f"{text}, {row['images_per_second']:,.0f} {unit(recipe)}/s"
 
 
 class Board:
