@@ -131,7 +131,8 @@ def train(job: Job, *, resume: bool) -> dict:
 
     # ---- Train.
     total, first = len(split) * recipe.epochs, at.step + 1
-    with console.progress("training", total=total, unit=history.unit(recipe), done=at.epoch * len(split) + at.cursor) as shown:
+    with console.progress("training", total=total, unit=history.unit(recipe),
+                          done=at.epoch * len(split) + at.cursor) as shown:
         def after_block() -> None:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
