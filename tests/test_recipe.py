@@ -179,3 +179,78 @@ def test_every_field_has_a_help_line():
     assert list(help_lines) == [entry.name for entry in dataclasses.fields(Recipe)]
     for name, line in help_lines.items():
         assert line.endswith(".") and "\n" not in line, name
+
+
+# ---- What the data decide, mixup, tasks ----------------------------------------------------------------------------
+
+def test_shape_and_classes_may_be_left_to_the_data():
+    recipe = Recipe(name="open", summary="")
+    assert (recipe.input_shape, recipe.num_classes, recipe.task) == ((), 0, "classification")
+    assert recipe.override({"input_shape": "[]"}).input_shape == ()
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json())), where="x") == recipe
+    assert recipe.override({"task": "regression"}).task == "regression"
+
+
+@pytest.mark.parametrize(("key", "text", "words"), [
+    ("mixup", "-0.1", "at least 0.0"), ("mixup", "11", "at most 10.0"), ("mixup", "nan", "a finite number"),
+    ("task", "ranking", "one of classification, regression"), ("class_weights", "half", "one of none, balanced"),
+    ("decision_threshold", "0.3", "one of half, f1"), ("best_by", "f2", "one of loss, accuracy, roc_auc"),
+    ("task", "regression", "none for a regression")])
+def test_a_wish_that_cannot_be_says_what_can(key, text, words):
+    message = refused({key: text})
+    assert (key in message or key == "task") and words in message
+
+
+# ---- Presets -------------------------------------------------------------------------------------------------------
+
+PRESETS = dataclasses.replace(RECIPE, presets={"body": {
+    "compact": {}, "tutorial": {"epochs": 30, "optimizer": "sgd", "width": 64}, "large": {"width": 128}}})
+
+
+def test_a_preset_brings_its_fields_and_options():
+    changed = PRESETS.override({"body": "tutorial"})
+    assert (changed.epochs, changed.optimizer, changed.options["width"]) == (30, "sgd", 64)
+    assert (changed.batch_size, changed.options["dropout"]) == (RECIPE.batch_size, RECIPE.options["dropout"])
+    assert (PRESETS.epochs, PRESETS.options["width"]) == (3, 16)
+    assert PRESETS.override({"body": "compact"}).options["width"] == 16
+
+
+@pytest.mark.parametrize("order", [("body", "epochs", "width"), ("width", "epochs", "body")])
+def test_what_is_set_by_hand_wins_in_any_order(order):
+    values = {"body": "tutorial", "epochs": "7", "width": "8"}
+    changed = PRESETS.override({name: values[name] for name in order})
+    assert (changed.epochs, changed.optimizer, changed.options["width"]) == (7, "sgd", 8)
+
+
+@pytest.mark.parametrize("value", ["tutorials", "", "Tutorial"])
+def test_an_unknown_preset_names_the_choices(value):
+    with pytest.raises(UsageError, match=f"^body is unknown; expected one of compact, tutorial, large; "
+                                         f"received: {value!r}$"):
+        PRESETS.override({"body": value})
+
+
+def test_a_preset_comes_from_a_file_too(tmp_path):
+    (tmp_path / "a.toml").write_text("body = 'tutorial'\nepochs = 5\n")
+    changed = PRESETS.override(read_values(tmp_path / "a.toml"))
+    assert (changed.epochs, changed.optimizer) == (5, "sgd")
+    (tmp_path / "b.toml").write_text("[options]\nbody = 'tutorial'\n")
+    assert PRESETS.override(read_values(tmp_path / "b.toml")).epochs == 30
+
+
+def test_a_recipe_json_of_a_preset_gives_the_same_recipe(tmp_path):
+    """All its values are set by hand, so that none of them is the preset's."""
+    before = PRESETS.override({"body": "tutorial", "epochs": "4", "learning_rate": "0.5"})
+    (tmp_path / "recipe.json").write_text(json.dumps(before.to_json()))
+    assert PRESETS.override(read_values(tmp_path / "recipe.json")) == before
+    assert Recipe.from_json(before.to_json(), where="x").override({"body": "large"}).options["width"] == 128
+
+
+@pytest.mark.parametrize("presets", [
+    {"body": {"compact": {}, "large": {"epoch": 3}}}, {"body": {"compact": {"epochs": "3"}}},
+    {"body": {"compact": {"name": "other"}}}, {"body": {"compact": 3}}, {"body": ["compact"]}, {"bodies": {"a": {}}},
+    {"body": {"compact": {"width": "wide"}}}])
+def test_a_preset_that_would_do_nothing_or_harm_is_refused(presets):
+    with pytest.raises(UsageError, match="body|bodies|epochs"):
+        dataclasses.replace(RECIPE, presets=presets)
+    with pytest.raises(DataError):
+        Recipe.from_json({**RECIPE.to_json(), "presets": presets}, where="recipe.json")

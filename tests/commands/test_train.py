@@ -133,19 +133,3 @@ def test_predict_before_the_training_ended_says_how_to_end_it(hpcai, trained):
     done = hpcai("predict", "run", "black.png")
     assert done.exit_code == 3
     assert "hpcai train --resume run" in done.stderr
-
-
-def test_benchmark_names_and_data_are_checked(hpcai):
-    assert hpcai("benchmark", "speed").exit_code == 2
-    missing = hpcai("benchmark", "start")
-    assert missing.exit_code == 3
-    assert "hpcai preprocess" in missing.stderr
-
-
-def test_benchmark_start_measures_and_gates(hpcai):
-    assert hpcai("preprocess", "mnist", "--source", "sample", "--output", "digits.h5").exit_code == 0
-    done = hpcai("benchmark", "start", "input", "--data", "digits.h5", "--json")
-    assert done.exit_code == 0, done.stderr
-    figures = {figure["name"]: figure for figure in json.loads(done.stdout)["figures"]}
-    assert figures["frameworks loaded by train --help"]["holds"] is True
-    assert figures["hpcai --help"]["value"] > figures["python -c pass"]["value"] > 0

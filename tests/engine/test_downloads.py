@@ -260,6 +260,25 @@ def test_gzipped_files_are_checked_by_what_they_hold(server, tmp_path):
         refused(errors.MissingError, lambda: fetch(server, tmp_path, name="x.gz"), "broken or another one", SHA[:12])
 
 
+def test_a_packed_archive_is_checked_as_it_is(server, tmp_path):
+    packed = gzip.compress(CONTENT)
+    server.answers = [{"body": packed}]
+    digest = hashlib.sha256(packed).hexdigest()
+    for _ in range(2):
+        assert fetch(server, tmp_path, sha256=digest, name="data.tar.gz") == packed
+    assert len(server.requests) == 1
+    # What is in it is another thing than what it is.
+    refused(errors.MissingError, lambda: fetch(server, tmp_path, name="other.tar.gz"), "broken or another one", SHA[:12])
+
+
+def test_what_a_file_is_to_the_user_is_in_the_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "PAUSE_SECONDS", 0.01)
+    with pytest.raises(errors.MissingError, match="^cannot fetch the weights: Connection refused; train without; "
+                                                  "received: 'http://127.0.0.1:1/x'$"):
+        downloads.download_archive("http://127.0.0.1:1/x", tmp_path / "x", tmp_path, what="the weights",
+                                   mend="train without")
+
+
 def test_a_disk_that_cannot_be_written_is_no_reason_to_retry(server, tmp_path):
     target = tmp_path / "none" / "archive"
     refused(errors.MissingError, lambda: downloads.download_archive(server.base, target, tmp_path),

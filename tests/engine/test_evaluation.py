@@ -1,5 +1,6 @@
 """The figures of a report, against plain computations and cases that can be done in the head."""
 
+import json
 import math
 
 import keras
@@ -149,3 +150,126 @@ def test_a_thousand_classes_can_be_drawn(tmp_path):
     evaluation.draw_confusion(np.eye(1000, dtype=int).tolist(), tuple(map(str, range(1000))), tmp_path / "large.png")
     with Image.open(tmp_path / "large.png") as image:
         assert max(image.size) <= 10_000
+
+
+# ---- Two classes ---------------------------------------------------------------------------------------------------
+
+TWO = Recipe(name="two", summary="", num_classes=2, class_names=("no", "yes"))
+NUMBER = Recipe(name="number", summary="", task="regression")
+
+
+def two_classes(count: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return scores, labels and the probability of the second class; some probabilities are equal."""
+    source = np.random.default_rng(8)
+    labels = (source.random(count) < 0.2).astype(np.int64)
+    logits = np.round(source.normal(size=count) + 1.2 * labels - 1.5, 1).astype(np.float32)
+    return np.stack([np.zeros_like(logits), logits], axis=1), labels, 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5, 0.2, 0.9])
+def test_two_classes_against_scikit_learn(threshold):
+    scores, labels, probabilities = two_classes()
+    # Where both are equally likely the first class is the answer, unless a threshold says otherwise.
+    predicted = (probabilities > 0.5 if threshold is None else probabilities >= threshold).astype(int)
+    found = evaluation.report(TWO, scores, labels, threshold)
+    assert set(found["metrics"]) == set(evaluation.metric_names(TWO))
+    expected = {
+        "loss": metrics.log_loss(labels, probabilities), "accuracy": metrics.accuracy_score(labels, predicted),
+        "roc_auc": metrics.roc_auc_score(labels, probabilities), "f1": metrics.f1_score(labels, predicted),
+        "average_precision": metrics.average_precision_score(labels, probabilities),
+        "macro_f1": metrics.f1_score(labels, predicted, average="macro"),
+        "calibration_error": plain_calibration(np.stack([1 - probabilities, probabilities], axis=1), labels)}
+    for name, value in expected.items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-6), name
+    assert found["confusion"] == metrics.confusion_matrix(labels, predicted).tolist()
+    assert found["classes"][1]["f1"] == pytest.approx(found["metrics"]["f1"])
+    few = evaluation.figures(TWO, scores, labels, threshold)
+    assert few == {name: found["metrics"][name] for name in few}
+
+
+def test_large_margins_keep_their_order():
+    """As probabilities in float64 all of these would be 1."""
+    scores = np.stack([np.zeros(4), [100, 200, 300, 400]], axis=1).astype(np.float32)
+    found = evaluation.figures(TWO, scores, np.array([0, 0, 1, 1]))
+    assert (found["roc_auc"], found["average_precision"]) == (1, 1)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_area_of_one_class_alone_has_no_value(label):
+    scores, _, _ = two_classes(20)
+    found = evaluation.report(TWO, scores, np.full(20, label))
+    assert set(evaluation.metric_names(TWO)) - set(found["metrics"]) == {"roc_auc", "average_precision"}
+    assert all(math.isfinite(value) for value in found["metrics"].values())
+
+
+def test_scores_that_are_no_numbers_have_no_area():
+    scores, labels, _ = two_classes(20)
+    scores[3] = np.nan
+    found = evaluation.figures(TWO, scores, labels)
+    assert math.isnan(found["loss"])
+    assert "roc_auc" not in found
+
+
+# ---- Thresholds ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_threshold_has_a_better_f1_than_the_best(seed):
+    source = np.random.default_rng(seed)
+    labels = (source.random(60) < 0.3).astype(np.int64)
+    logits = np.round(source.normal(size=60) + labels, 1).astype(np.float32)
+    scores = np.stack([np.zeros_like(logits), logits], axis=1)
+    threshold = evaluation.best_threshold(scores, labels)
+    assert 0 < threshold < 1
+    best = evaluation.figures(TWO, scores, labels, threshold)["f1"]
+    candidates = [0.0, 0.5, 1.0, *np.exp(evaluation.log_probabilities(scores))[:, 1]]
+    assert best == pytest.approx(max(metrics.f1_score(labels, evaluation.answers(scores, candidate), zero_division=0)
+                                     for candidate in candidates))
+
+
+def test_a_threshold_survives_json():
+    """It is one of the probabilities itself, and that example must stay on its side of it."""
+    scores, labels, _ = two_classes()
+    threshold = evaluation.best_threshold(scores, labels)
+    again = json.loads(json.dumps({"decision_threshold": threshold}))["decision_threshold"]
+    np.testing.assert_array_equal(evaluation.answers(scores, again), evaluation.answers(scores, threshold))
+
+
+def test_answers_without_a_threshold_are_the_likelier_class():
+    scores, _, probabilities = two_classes()
+    np.testing.assert_array_equal(evaluation.answers(scores), probabilities > 0.5)
+    assert evaluation.answers(scores, 0.0).tolist() == [1] * 400
+    assert evaluation.answers(scores, 1.1).tolist() == [0] * 400
+
+
+# ---- Numbers -------------------------------------------------------------------------------------------------------
+
+def test_the_errors_of_numbers_against_scikit_learn():
+    source = np.random.default_rng(3)
+    labels = source.normal(1e6, 30, 300).astype(np.float32)
+    predicted = (labels + source.normal(0, 10, 300)).astype(np.float32)
+    found = evaluation.report(NUMBER, predicted[:, None], labels)
+    assert list(found) == ["metrics"]
+    assert set(found["metrics"]) == set(evaluation.metric_names(NUMBER))
+    wanted, given = labels.astype(np.float64), predicted.astype(np.float64)
+    for name, value in (("loss", metrics.mean_squared_error(wanted, given)),
+                        ("mean_absolute_error", metrics.mean_absolute_error(wanted, given)),
+                        ("root_mean_squared_error", metrics.root_mean_squared_error(wanted, given)),
+                        ("r2", metrics.r2_score(wanted, given))):
+        assert found["metrics"][name] == pytest.approx(value), name
+
+
+def test_labels_that_are_all_the_same_leave_nothing_to_explain():
+    found = evaluation.figures(NUMBER, np.array([[1.0], [3.0]], np.float32), np.array([2, 2], np.float32))
+    assert found == {"loss": 1, "mean_absolute_error": 1, "root_mean_squared_error": 1}
+
+
+@pytest.mark.parametrize("recipe", [TWO, NUMBER, Recipe(name="r", summary="", num_classes=4)])
+def test_what_is_judged_is_what_the_model_gives(recipe):
+    """One logit becomes two scores, a number stays one."""
+    units = {2: 1, 0: 1, 4: 4}[recipe.num_classes]
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(units)])
+    inputs = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    scores = evaluation.forward(model, recipe)(inputs).numpy()
+    outputs = model(inputs).numpy()
+    assert scores.shape == (5, {2: 2, 0: 1, 4: 4}[recipe.num_classes])
+    np.testing.assert_allclose(scores[:, -1] - (scores[:, 0] if recipe is TWO else 0), outputs[:, -1], rtol=1e-6)

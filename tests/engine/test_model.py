@@ -1,12 +1,14 @@
 """A recipe's model: what is wrong with it is said before any training, and its state goes out and in unchanged."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
 from hpcai_cli.engine import model as subject
-from hpcai_cli.errors import DataError, UsageError
+from hpcai_cli.errors import DataError, MissingError, UsageError
 from hpcai_cli.recipe import Recipe
 
 RECIPE = Recipe(name="tiny", summary="", input_shape=(4, 4, 1), num_classes=3, seed=11)
@@ -109,3 +111,62 @@ def test_each_rank_draws_dropout_masks_of_its_own():
         masks.append(np.asarray(model.layers[1](np.ones((1, 200), np.float32), training=True)) > 0)
         assert model(image, training=True).shape == (1, 3)
     assert all(0.3 < (masks[a] == masks[b]).mean() < 0.7 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+# ---- One output ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("settings", "units", "right"), [
+    ({"num_classes": 2}, 1, True), ({"num_classes": 2}, 2, True), ({"num_classes": 3}, 1, False),
+    ({"num_classes": 0, "task": "regression"}, 1, True), ({"num_classes": 0, "task": "regression"}, 2, False)])
+def test_two_classes_may_have_one_logit_and_a_number_has_one(settings, units, right):
+    recipe = dataclasses.replace(RECIPE, **settings)
+    build_model = returns(layers.Flatten(), layers.Dense(units))
+    if right:
+        assert subject.build(recipe, build_model).output_shape == (None, units)
+        return
+    with pytest.raises(UsageError, match=rf"another shape; expected \(.*; received: \({units},\)"):
+        subject.build(recipe, build_model)
+
+
+# ---- adapt ---------------------------------------------------------------------------------------------------------
+
+def test_what_adapt_is_given_is_what_was_asked_for():
+    model, seen = subject.build(RECIPE, dense), []
+    subject.adapt(RECIPE, model, lambda *given: seen.append(given), "inputs", "labels")
+    assert seen == [(model, "inputs", "labels", RECIPE)]
+    subject.adapt(RECIPE, model, None, "inputs", "labels")
+
+
+def test_an_adapt_that_fails_is_told_in_one_line():
+    def fails(*_):
+        raise KeyError("layers\nand more")
+
+    with pytest.raises(UsageError, match="^recipe tiny: adapt fails; expected a change of the model's weights; "
+                                         "received: .*KeyError") as caught:
+        subject.adapt(RECIPE, None, fails, None, None)
+    assert "\n" not in str(caught.value)
+
+    def lacks(*_):
+        raise MissingError("no weights", received="imagenet")
+
+    with pytest.raises(MissingError, match="^no weights; received: 'imagenet'$"):
+        subject.adapt(RECIPE, None, lacks, None, None)
+
+
+def test_statistics_that_were_assigned_are_used():
+    """Keras computes with what its Normalization kept beside its variables, until it is told."""
+    def build_model(recipe):
+        inner = keras.Sequential([keras.Input((4,)), layers.Normalization()])
+        return keras.Sequential([keras.Input(recipe.input_shape), layers.Flatten(), layers.Dense(4), inner,
+                                 layers.Dense(3)])
+
+    recipe = dataclasses.replace(RECIPE, input_shape=(4,))
+    one, other = (subject.build(recipe, build_model) for _ in range(2))
+    rows = np.random.default_rng(0).normal(5, 3, (50, 4)).astype(np.float32)
+    normalization = one.layers[2].layers[0]
+    normalization.adapt(rows)
+    np.testing.assert_allclose(normalization(rows), (rows - rows.mean(axis=0)) / rows.std(axis=0), atol=1e-4)
+    for variable, value in zip(other.variables, one.variables, strict=True):
+        variable.assign(value)
+    subject.settle_statistics(other)
+    np.testing.assert_array_equal(other(rows), one(rows))

@@ -3,11 +3,14 @@
 import csv
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 
-from hpcai_cli.engine import checkpoint, pipeline, training
+from hpcai_cli.engine import augmentation, checkpoint, pipeline, training
+from hpcai_cli.engine.step import build_optimizer
 from hpcai_cli.errors import EXIT_STOPPED, DataError, StoppedEarly
 
 TIMES = ("seconds", "images_per_second")
@@ -58,12 +61,21 @@ def noise(images, seed):
     return images + tf.random.stateless_uniform(tf.shape(images), seed, -20, 20)
 
 
+def moved(images, seed):
+    """The augmentations of the built-in recipes, one after the other."""
+    images = augmentation.warp(images, seed, zoom=(0.8, 1.0), rotation=5.0)
+    images = augmentation.shift(images, seed, pixels=1)
+    return augmentation.erase(augmentation.color(images, seed, brightness=0.1), seed, share=0.2)
+
+
 @pytest.mark.parametrize("settings", [
     {},
     {"dropout": 0.5},
     {"dropout": 0.5, "augment": noise, "optimizer": "sgd", "warmup_epochs": 1.5, "clip_norm": 0.5, "seed": 2**32 - 1},
     {"optimizer": "lamb", "accumulation_steps": 2, "weight_decay": 0.01},
-], ids=["plain", "dropout", "everything random", "accumulation"])
+    {"mixup": 0.4, "augment": moved, "dropout": 0.3, "class_weights": "balanced", "best_by": "accuracy"},
+    {"mixup": 0.4, "accumulation_steps": 2, "label_smoothing": 0.1},
+], ids=["plain", "dropout", "everything random", "accumulation", "mixup and augmentation", "mixup and accumulation"])
 def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settings):
     steps = 7 if "accumulation_steps" in settings else tiny.steps
     error = stopped_at(tiny, 12, **settings)
@@ -165,3 +177,74 @@ def test_other_data_and_another_model_are_refused(tiny):
     with pytest.raises(DataError, match="no checkpoint in .*; train anew without --resume"):
         training.train(tiny.job("empty"), resume=True)
     assert checkpoint.newest(tiny.folder / "stopped" / "checkpoints")[0].step == before
+
+
+# ---- Resumed with something else -----------------------------------------------------------------------------------
+
+def learning_rates(tiny, run: str) -> list[float]:
+    return [float(row["learning_rate"]) for row in history(tiny, run)]
+
+
+def scheduled(tiny, **settings) -> list[float]:
+    """Return the schedule's learning rates at the ends of the epochs of a job with these settings."""
+    recipe = tiny.job("unused", **settings).recipe
+    steps = -(-200 // recipe.batch_size)
+    optimizer = build_optimizer(recipe, steps_per_epoch=steps, size=1)
+    found = []
+    for epoch in range(recipe.epochs):
+        optimizer.iterations.assign((epoch + 1) * steps)
+        found.append(float(optimizer.learning_rate))
+    return found
+
+
+@pytest.mark.parametrize(("looks", "batch_size"), [(2, 7), (2, 100), (5, 33), (12, 100), (LOOKS, 200), (18, 10)])
+def test_another_batch_size_keeps_the_schedule_and_sees_each_example_once(tiny, looks, batch_size):
+    settings = {"warmup_epochs": 0.5, "epochs": 3}
+    stopped_at(tiny, looks, **settings)
+    state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
+    before = learning_rates(tiny, "stopped")
+    assert before == pytest.approx(scheduled(tiny, **settings)[:state.epoch], rel=1e-5)
+    result = training.train(tiny.job("stopped", batch_size=batch_size, **settings), resume=True)
+    assert result["epochs"] == 3
+    after = learning_rates(tiny, "stopped")
+    assert after == pytest.approx(before + scheduled(tiny, batch_size=batch_size, **settings)[state.epoch:],
+                                  rel=1e-5, abs=1e-9)
+    assert after[-1] == pytest.approx(0, abs=1e-9)
+    last, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
+    steps = -(-(200 - state.cursor) // batch_size) + (2 - state.epoch) * -(-200 // batch_size)
+    assert last.step == state.step + steps
+    assert [row["epoch"] for row in history(tiny, "stopped")] == ["1", "2", "3"]
+
+
+def test_each_example_once_also_in_the_epoch_of_the_change(tiny):
+    """Counted by what the model is given: the model sums up the brightness of all that it is trained on."""
+    def build_model(recipe):
+        class Counter(layers.Layer):
+            def build(self, shape):
+                self.seen = self.add_weight(shape=(), initializer="zeros", trainable=False, name="seen")
+
+            def call(self, images, training=False):
+                if training:
+                    self.seen.assign_add(tf.reduce_sum(images))
+                return images
+
+        return keras.Sequential([keras.Input(recipe.input_shape), Counter(), layers.Rescaling(1 / 255),
+                                 layers.Flatten(), layers.Dense(3, name="answer")])
+
+    # 200 examples, in batches that divide them, so that no padding is seen.
+    settings = {"build_model": build_model, "epochs": 2, "batch_size": 20}
+    stopped_at(tiny, 3, **settings)
+    state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
+    assert 0 < state.cursor < 200
+    training.train(tiny.job("stopped", **settings | {"batch_size": 10}), resume=True)
+    images = tiny.job("stopped", **settings).dataset.split("train").inputs
+    last, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
+    seen = max(float(array) for name, array in last.arrays.items() if name.startswith("model") and array.shape == ())
+    assert seen == pytest.approx(2 * float(images.sum()), rel=1e-3)
+
+
+def test_another_figure_to_choose_by(tiny):
+    stopped_at(tiny, 12)
+    result = training.train(tiny.job("stopped", best_by="accuracy"), resume=True)
+    best = max(history(tiny, "stopped"), key=lambda row: float(row["validation_accuracy"]))
+    assert result["metrics"]["validation_accuracy"] == float(best["validation_accuracy"])

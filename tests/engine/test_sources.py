@@ -1,6 +1,7 @@
 """What the user named becomes a folder of files that is gone afterwards, or one sentence that says why not."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from hpcai_cli import errors
 from hpcai_cli.engine import archives, sources
+from hpcai_cli.recipe import Downloads, File
 
 
 def refused(kind: type, call, *words: str) -> None:
@@ -142,6 +145,80 @@ def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path, cache):
     assert len(left(cache)) == 1
     assert opened(archive, cache) == {"a": b"1"}
     assert left(cache) == []
+
+
+# ---- Single tables, downloads of one archive -----------------------------------------------------------------------
+
+@contextmanager
+def serving(folder: Path, monkeypatch):
+    """Serve a folder over HTTP and give its address."""
+    monkeypatch.setenv("no_proxy", "*")
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["houses.csv", "HOUSES.CSV", "a b.tsv", "iris.data", "x.txt", "houses.csv.gz",
+                                  "# of houses?.csv"])
+def test_a_table_stands_alone_in_its_folder(tmp_path, cache, name):
+    (tmp_path / "no #1").mkdir()
+    (tmp_path / "no #1" / name).write_bytes(b"a,b\n1,2\n")
+    (tmp_path / "no #1" / "other.csv").write_bytes(b"x\n")
+    assert opened(tmp_path / "no #1" / name, cache) == {name: b"a,b\n1,2\n"}
+    assert left(cache) == []
+    assert (tmp_path / "no #1" / name).exists()
+
+
+def test_a_table_of_the_working_folder(tmp_path, cache, monkeypatch):
+    (tmp_path / "houses.csv").write_bytes(b"a\n1\n")
+    monkeypatch.chdir(tmp_path)
+    assert opened("houses.csv", cache) == {"houses.csv": b"a\n1\n"}
+    refused(errors.DataError, lambda: opened("house.csv", cache), "there is no house.csv", "houses.csv")
+
+
+def test_a_table_has_the_same_fingerprint_wherever_it_lies(tmp_path, cache):
+    marks = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "houses.csv").write_bytes(b"a\n1\n")
+        with sources.open_source(str(tmp_path / folder / "houses.csv"), downloads=None, cache=cache) as here:
+            marks.append(sources.fingerprint(here))
+    assert marks[0] == marks[1]
+
+
+def test_an_address_of_a_table(tmp_path, cache, monkeypatch):
+    (tmp_path / "houses.csv").write_bytes(b"a\n1\n")
+    (tmp_path / "gone.csv").write_text("<!DOCTYPE html><html>moved</html>")
+    with serving(tmp_path, monkeypatch) as address:
+        for tail in ("houses.csv", "houses.csv?raw=true", "houses.csv#top"):
+            assert opened(address + tail, cache) == {"houses.csv": b"a\n1\n"}
+        refused(errors.MissingError, lambda: opened(f"{address}gone.csv", cache), "web page (HTML)")
+    assert left(cache) == ["downloads"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_a_recipe_s_only_archive_is_unpacked_and_kept_packed(tmp_path, cache, monkeypatch, kind):
+    folder = tmp_path / "raw"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.bin").write_bytes(b"12")
+    packed = Path(shutil.make_archive(str(tmp_path / "data"), {"zip": "zip", "tar.gz": "gztar"}[kind], folder))
+    content = packed.read_bytes()
+    with serving(tmp_path, monkeypatch) as address:
+        recipe = Downloads((address,), (File(packed.name, hashlib.sha256(content).hexdigest(), 10**6),))
+        for _ in range(2):
+            with sources.open_source("download", downloads=recipe, cache=cache) as here:
+                files = {path.relative_to(here).as_posix(): path.read_bytes()
+                         for path in here.rglob("*") if path.is_file()}
+            assert files == {"sub/a.bin": b"12"}
+            assert left(cache) == ["downloads"]
+    # The archive itself stays, so that the second time needs no network.
+    with sources.open_source("download", downloads=recipe, cache=cache) as here:
+        assert (here / "sub" / "a.bin").exists()
+    assert next(cache.rglob(packed.name)).read_bytes() == content
 
 
 # ---- Fingerprints --------------------------------------------------------------------------------------------------

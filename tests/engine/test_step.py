@@ -11,7 +11,9 @@ from keras import layers
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Block
-from hpcai_cli.engine.step import build_optimizer, compile_steps
+from hpcai_cli.engine.step import build_optimizer, compile_steps, mixed
+from hpcai_cli.engine.task import class_weights
+from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
 
 RECIPE = Recipe(name="tiny", summary="", input_shape=(6,), num_classes=3, inputs="features", batch_size=4,
@@ -42,13 +44,14 @@ def examples(count: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(recipe: Recipe, batches: list, *, build_model=linear, optimizer=None, augment=None, together: int = 1,
-        stop: float = 0.0):
+        stop: float = 0.0, weight_of_class=None):
     """Train on the batches (inputs, labels, weights), some per call; return model, optimizer and each step's sums."""
     model = build(recipe, build_model)
     optimizer = optimizer or build_optimizer(recipe, steps_per_epoch=10, size=1)
     optimizer.build(model.trainable_variables)
     buffers = [np.stack([array] * together) for array in batches[0]]
-    steps = compile_steps(model, optimizer, recipe, Serial(), block=Block(*buffers, [4]), augment=augment)
+    steps = compile_steps(model, optimizer, recipe, Serial(), block=Block(*buffers, [4]), augment=augment,
+                          weight_of_class=weight_of_class)
     sums = []
     for first in range(0, len(batches), together):
         some = batches[first:first + together]
@@ -194,3 +197,135 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows(precision):
     assert sums[-1][0] < sums[0][0]
     assert int(optimizer.iterations) == 15
     assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
+
+
+# ---- Weights of the classes, mixup, numbers ------------------------------------------------------------------------
+
+def test_class_weights_make_the_loss_a_weighted_mean():
+    """An example of weight 3 counts like three of it; the gradient follows."""
+    inputs, labels = examples(8)
+    weights = np.array([0.5, 1.0, 3.0], np.float32)
+    before = build(RECIPE, linear).get_weights()
+    recipe = RECIPE.override({"batch_size": "8"})
+    model, _, sums = run(recipe, [even(inputs, labels)], weight_of_class=weights)
+    losses = [by_hand(before, inputs[place:place + 1], labels[place:place + 1])[0] for place in range(8)]
+    assert sums[0][0] == pytest.approx((weights[labels] * losses).mean(), rel=1e-5)
+    plain = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    plain.set_weights(before)
+    plain.compile(keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    plain.fit(inputs, labels, batch_size=8, epochs=1, shuffle=False, verbose=0,
+              class_weight=dict(enumerate(weights.tolist())))
+    for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_balanced_classes_weigh_the_same_together():
+    recipe = RECIPE.override({"class_weights": "balanced", "batch_size": "8"})
+    inputs, labels = examples(8)
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
+    before = build(RECIPE, linear).get_weights()
+    _, _, sums = run(recipe, [even(inputs, labels)], weight_of_class=class_weights(recipe, labels))
+    by_class = [by_hand(before, inputs[labels == number], labels[labels == number])[0] for number in range(3)]
+    assert sums[0][0] == pytest.approx(np.mean(by_class), rel=1e-5)
+
+
+def test_mixed_examples_are_mixtures_of_two_and_mostly_their_own():
+    inputs = np.random.default_rng(0).integers(0, 256, (500, 3, 2, 1), dtype=np.uint8)
+    found, share = (tensor.numpy() for tensor in mixed(tf.constant(inputs), tf.constant([1, 2]), alpha=0.3))
+    assert 0.5 <= share.min() < 0.52 and 0.98 < share.max() <= 1
+    place = share[:, None, None, None]
+    np.testing.assert_allclose(found, place * inputs + (1 - place) * np.roll(inputs, 1, axis=0), atol=1e-3)
+    # The larger of x and 1 - x, of Beta(0.3, 0.3).
+    draws = np.random.default_rng(0).beta(0.3, 0.3, 100_000)
+    assert share.mean() == pytest.approx(np.maximum(draws, 1 - draws).mean(), abs=0.02)
+    again, _ = mixed(tf.constant(inputs), tf.constant([1, 2]), alpha=0.3)
+    np.testing.assert_array_equal(again, found)
+    other, _ = mixed(tf.constant(inputs), tf.constant([1, 3]), alpha=0.3)
+    assert not np.array_equal(other, found)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.01, 10.0])
+def test_any_strength_of_mixup_gives_numbers(alpha):
+    inputs, share = mixed(tf.ones((300, 2)), tf.constant([1, 2]), alpha=alpha)
+    assert np.isfinite(inputs).all()
+    assert 0.5 <= share.numpy().min() <= share.numpy().max() <= 1
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_mixup_is_the_mixture_of_two_losses(weighted):
+    recipe = RECIPE.override({"mixup": "0.8", "label_smoothing": "0.1", "batch_size": "8"})
+    weight_of_class = np.array([0.5, 1.0, 3.0], np.float32) if weighted else None
+    inputs, labels = examples(8)
+    before = build(RECIPE, linear).get_weights()
+    _, _, sums = run(recipe, [even(inputs, labels)], weight_of_class=weight_of_class)
+    # The seed of the first step, as the test's `run` gives it.
+    blended, share = (tensor.numpy().astype(np.float64) for tensor in
+                      mixed(tf.constant(inputs), tf.constant([7, 0]), alpha=0.8))
+    others, total = np.roll(labels, 1), 0.0
+    for place in range(8):
+        for label, part in ((labels[place], share[place]), (others[place], 1 - share[place])):
+            loss, *_ = by_hand(before, blended[place:place + 1], np.array([label]), smoothing=0.1)
+            total += part * loss * (weight_of_class[label] if weighted else 1) / 8
+    assert sums[0][0] == pytest.approx(total, rel=1e-5)
+    right = (blended @ before[0] + before[1]).argmax(axis=1) == labels
+    assert sums[0][1] == right.sum()
+
+
+def test_mixup_with_accumulation_and_a_padded_step():
+    recipe = RECIPE.override({"mixup": "0.4", "accumulation_steps": "2"})
+    inputs, labels = examples(8)
+    weights = np.array([1 / 5] * 5 + [0] * 3, np.float32)
+    model, _, sums = run(recipe, [(inputs, labels, weights)])
+    again, _, same = run(recipe, [(inputs, labels, weights)])
+    assert math.isfinite(sums[0][0]) and sums[0].tolist() == same[0].tolist()
+    assert 0 <= sums[0][1] <= 5
+    for one, other in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("mixup", ["0", "0.4"])
+def test_a_number_is_fitted_by_its_squared_error(mixup):
+    recipe = Recipe(name="line", summary="", input_shape=(6,), task="regression", inputs="features", batch_size=8,
+                    optimizer="sgd", learning_rate=0.1, momentum=0.0, schedule="constant").override({"mixup": mixup})
+    inputs, _ = examples(8)
+    labels = (inputs @ np.arange(6) + 5).astype(np.float32)
+
+    def build_model(recipe):
+        return keras.Sequential([keras.Input((6,)), layers.Dense(1)])
+
+    before = build(recipe, build_model).get_weights()
+    model, _, sums = run(recipe, [even(inputs, labels)], build_model=build_model)
+    targets = labels
+    if mixup != "0":
+        inputs, share = (tensor.numpy() for tensor in mixed(tf.constant(inputs), tf.constant([7, 0]), alpha=0.4))
+        targets = share * labels + (1 - share) * np.roll(labels, 1)
+    predicted = (inputs @ before[0] + before[1])[:, 0]
+    assert sums[0][1] == pytest.approx(np.abs(predicted - labels).sum(), rel=1e-4)
+    if mixup == "0":
+        assert sums[0][0] == pytest.approx(np.square(predicted - labels).mean(), rel=1e-4)
+    # The gradient of a mixture of two squares is that of the square to the mixture of the two.
+    error = 2 * (predicted - targets) / 8
+    np.testing.assert_allclose(model.get_weights()[0][:, 0], before[0][:, 0] - 0.1 * inputs.T @ error, atol=1e-4)
+    np.testing.assert_allclose(model.get_weights()[1], before[1] - 0.1 * error.sum(), atol=1e-4)
+
+
+# ---- What is wrong with an augmentation ----------------------------------------------------------------------------
+
+def raises(inputs, seed):
+    raise ValueError("no such change\nand a second line")
+
+
+def refuses(inputs, seed):
+    raise UsageError("crop is too large", expected="at most 6", received=7)
+
+
+@pytest.mark.parametrize(("augment", "words"), [
+    (raises, "ValueError: no such change"), (refuses, "crop is too large; expected at most 6; received: 7"),
+    (lambda inputs, seed: inputs[:, :4], "received: "), (lambda inputs, seed: None, "received: ")],
+    ids=["raises", "refuses", "other shape", "nothing"])
+def test_an_augmentation_that_fails_is_told_in_one_line(augment, words):
+    with pytest.raises(UsageError) as caught:
+        run(RECIPE, [even(*examples(4))], augment=augment)
+    assert words in str(caught.value)
+    assert "in user code" not in str(caught.value)
+    assert "\n" not in str(caught.value)

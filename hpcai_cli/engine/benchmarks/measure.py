@@ -1,12 +1,15 @@
 """How the benchmarks measure: interleaved rounds, medians, ratios round by round, limits beside the figures."""
 
+import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hpcai_cli.errors import HpcaiError
 from hpcai_cli.recipe import Recipe
 
 PROGRAM = str(Path(sys.executable).parent / "hpcai")
@@ -20,7 +23,13 @@ class Setting:
     data: Path
     """MNIST's dataset file."""
     recipes: Mapping[str, tuple[Recipe, Callable]]
-    """Recipe and build_model by name: `mnist` and `mnist-mlp`."""
+    """Recipe and build_model by name: `mnist`, `mnist-mlp` and `dogs-vs-cats`."""
+    augment: Callable
+    """The augmentation of dogs-vs-cats: augment(images, seed, recipe) -> images."""
+    photographs: Path | None = None
+    """The user's photographs of dogs and cats, a folder or an archive; None where the benchmarks make their own."""
+    epochs: int = 15
+    """Epochs of the whole tutorial."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +84,17 @@ def rate(work: Callable[[], int]) -> float:
     started = time.perf_counter()
     units = work()
     return units / (time.perf_counter() - started)
+
+
+def run_json(command: list[str]) -> dict:
+    """Run a program and return the JSON document on the last line of its output.
+
+    Raises:
+        HpcaiError: it failed.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
+        raise HpcaiError(f"a program of the benchmark failed with exit code {done.returncode}",
+                         mend=f"run `{' '.join(command)}`", received=said[0])
+    return json.loads(done.stdout.splitlines()[-1])
