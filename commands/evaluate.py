@@ -47,6 +47,10 @@ def evaluate(
         console.result_json(document)
     else:
         _print(document)
+    absent = [name for name, _, _ in conditions if name not in document["metrics"]]
+    if absent:
+        raise DataError(f"{', '.join(absent)} {'has' if len(absent) == 1 else 'have'} no value on the {split} split",
+                        expected="labels that are not all the same", received=f"--require {conditions[0][0]}")
     failed = [f"{name} is {document['metrics'][name]:.6g} where {name}{sign}{bound:g} is required"
               for name, sign, bound in conditions if not _OPERATORS[sign](document["metrics"][name], bound)]
     if failed:

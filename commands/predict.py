@@ -64,8 +64,8 @@ def predict(
         if not reading:
             break
     if failed:
-        what = "file" if recipe.inputs == "images" else "row or file"
-        raise DataError(f"{failed} {what}{'s' if failed > 1 else ''} could not be read",
+        one, more = ("file", "files") if recipe.inputs == "images" else ("row or file", "rows or files")
+        raise DataError(f"{failed} {one if failed == 1 else more} could not be read",
                         expected="images" if recipe.inputs == "images" else "CSV files with the training's columns",
                         mend="the lines above say why")
 

@@ -104,9 +104,10 @@ class _Reader:
         """Pass everything on until the job ends."""
         errors = threading.Thread(target=self._pump, args=(self._process.stderr,), daemon=True)
         errors.start()
-        self._pump(self._process.stdout)
-        code = self._process.wait()
-        errors.join()
+        with self._process.stdout, self._process.stderr:
+            self._pump(self._process.stdout)
+            code = self._process.wait()
+            errors.join()
         if self._failed is None:
             return Outcome(code, None, self._reported, self._words)
         rank, status = self._failed

@@ -126,9 +126,7 @@ class Recipe:
             raise UsageError(f"recipe {self.name}: options {', '.join(clashes)} have the names of fields",
                              expected="names of their own")
         for option, choices in self.presets.items():
-            if self.options.get(option) not in choices:
-                raise UsageError(f"{option} is unknown", expected=f"one of {', '.join(choices)}",
-                                 received=self.options.get(option))
+            self._check_preset(option, choices)
         if min(self.input_shape, default=1) < 1:
             raise UsageError(f"recipe {self.name}: input_shape has no examples", expected="positive sizes",
                              received=self.input_shape)
@@ -138,6 +136,23 @@ class Recipe:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UsageError(f"recipe {self.name}: class_names has {len(self.class_names)} names",
                              expected=f"num_classes = {self.num_classes} of them", received=list(self.class_names))
+
+    def _check_preset(self, option: str, choices: object) -> None:
+        """Check what an option's values bring along: a name that nothing has would be lost without a word."""
+        if not isinstance(choices, Mapping) or not all(isinstance(brought, Mapping) for brought in choices.values()):
+            raise UsageError(f"recipe {self.name}: the presets of {option} are none", received=choices,
+                             expected='{"value": {"field": value}}')
+        if self.options.get(option) not in choices:
+            raise UsageError(f"{option} is unknown", expected=f"one of {', '.join(choices)}",
+                             received=self.options.get(option))
+        fields = {entry.name: entry for entry in dataclasses.fields(self)}
+        for value, brought in choices.items():
+            for name, setting in brought.items():
+                if name in fields and name not in _FIXED:
+                    _checked(name, setting, fields[name], self)
+                elif name not in self.options or type(setting) is not type(self.options[name]):
+                    raise UsageError(f"recipe {self.name}: {option}={value} brings {name}, which fits no field or "
+                                     "option", expected="values of the same types", received=setting)
 
     def override(self, assignments: Mapping[str, str]) -> "Recipe":
         """Return the recipe with some fields or options set from text, typed by their defaults.
@@ -227,7 +242,7 @@ def read_values(path: Path) -> dict[str, str]:
     merged = {**values, **(options if isinstance(options, dict) else {"options": options})}
     # A recipe.json names its own recipe; the one on the command line is the one that counts.
     return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in merged.items()
-            if key not in ("name", "summary")}
+            if key not in ("name", "summary", "presets")}
 
 
 def parse_assignments(pairs: list[str]) -> dict[str, str]:

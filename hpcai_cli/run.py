@@ -93,8 +93,9 @@ class Run:
     def decision_threshold(self) -> float | None:
         """Return the probability from which on the run answers the second of two classes; None for the likelier one."""
         threshold = read_json(self.result_file).get("decision_threshold") if self.result_file.is_file() else None
-        if threshold is not None and not isinstance(threshold, float):
-            raise DataError(f"{self.result_file} holds no decision_threshold", expected="a number", received=threshold)
+        if threshold is not None and not (isinstance(threshold, float) and 0 <= threshold <= 1):
+            raise DataError(f"{self.result_file} holds no decision_threshold", expected="a probability or null",
+                            received=threshold)
         return threshold
 
     def event(self, kind: str, **values) -> None:

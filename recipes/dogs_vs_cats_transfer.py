@@ -60,6 +60,6 @@ def adapt(model, inputs, labels, recipe: Recipe):
     from hpcai_cli.engine import pretrained
 
     file = pretrained.weights_file(recipe.options["weights"],
-                                   ADDRESS + FILE.format(width=f"{recipe.options['width']:.1f}"))
+                                   ADDRESS + FILE.format(width=recipe.options["width"]))
     if file is not None:
         pretrained.load_weights(next(layer for layer in model.layers if layer.name.startswith("mobilenet")), file)

@@ -1,4 +1,4 @@
-"""What the ranks say under a launcher becomes what one program says; launchers are real processes that print as they do."""
+"""What the ranks say under a launcher becomes what one program says; real processes print what launchers print."""
 
 import os
 import signal

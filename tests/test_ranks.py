@@ -161,6 +161,27 @@ def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weight
 
 
 @needs_horovod
+def test_stopped_as_two_processes_and_resumed_as_one_keeps_the_schedule(folder):
+    """The schedule is of epochs: at their ends the learning rates are those of a training that never stopped."""
+    common = ["./tiny.py", "--epochs", "60", "--set", "warmup_epochs=1"]
+    events = folder / "stopped" / "events.jsonl"
+    with started(HPCAI, "train", *common, "--np", "2", "--batch-size", "5", "--output", "stopped") as stopped:
+        wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 4, stopped)
+        stopped.send_signal(signal.SIGTERM)
+        _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, errors
+    resumed = run(HPCAI, "train", "--resume", "stopped", "--batch-size", "8", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert run(HPCAI, "train", *common, "--batch-size", "8", "--output", "whole").returncode == 0
+    found, expected = (np.genfromtxt(folder / name / "history.csv", delimiter=",", names=True)
+                       for name in ("stopped", "whole"))
+    assert json.loads(resumed.stdout)["world_size"] == 1
+    assert found["epoch"].tolist() == list(range(1, 61))
+    # 80 examples are 8 steps of 2 x 5 and 10 of 8.
+    np.testing.assert_allclose(found["learning_rate"], expected["learning_rate"], rtol=1e-5, atol=1e-9)
+
+
+@needs_horovod
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_loss_that_is_no_number_ends_the_job_once_with_exit_code_6(folder, processes):
     done = run(HPCAI, "train", "./tiny.py", "--np", processes, "--set", "optimizer=sgd", "--learning-rate", "1e38",

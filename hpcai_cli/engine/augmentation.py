@@ -8,6 +8,8 @@ import math
 
 import tensorflow as tf
 
+from hpcai_cli.errors import UsageError
+
 
 def warp(images: tf.Tensor, seed: tf.Tensor, *, size: tuple[int, int] | None = None, flip: bool = True,
          zoom: tuple[float, float] = (1.0, 1.0), stretch: float = 0.0, rotation: float = 0.0) -> tf.Tensor:
@@ -25,6 +27,9 @@ def warp(images: tf.Tensor, seed: tf.Tensor, *, size: tuple[int, int] | None = N
     """
     count, height, width = images.shape[0], images.shape[1], images.shape[2]
     out_height, out_width = size or (height, width)
+    if min(out_height, out_width) < 1 or not 0 < zoom[0] <= zoom[1] <= 1:
+        raise UsageError("an image cannot be cut so", expected="a size of 1 and up, zoom from above 0 to 1",
+                         received=f"size {(out_height, out_width)}, zoom {zoom}")
     draws = tf.unstack(tf.random.stateless_uniform([6, count], seed))
     side = zoom[0] + (zoom[1] - zoom[0]) * draws[0]
     ratio = tf.exp((2 * draws[1] - 1) * math.log1p(stretch) / 2)
@@ -51,6 +56,9 @@ def shift(images: tf.Tensor, seed: tf.Tensor, *, pixels: int, flip: bool = True)
     One gather without any interpolation: for small images, whose training leaves microseconds for each.
     """
     count, height, width, channels = images.shape
+    if not 0 <= pixels < min(height, width):
+        raise UsageError("an image cannot be shifted by so many pixels", expected=f"0 to {min(height, width) - 1}",
+                         received=pixels)
     moves = tf.random.stateless_uniform([2, count, 1], seed, -pixels, pixels + 1, tf.int32)
     rows = _reflected(tf.range(height)[None] + moves[0], height)
     columns = _reflected(tf.range(width)[None] + moves[1], width)

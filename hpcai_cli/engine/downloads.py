@@ -80,8 +80,13 @@ def download_files(source: str, downloads: Downloads | None, cache: Path) -> Pat
     return folder
 
 
-def download_archive(url: str, target: Path, cache: Path) -> None:
+def download_archive(url: str, target: Path, cache: Path, *, what: str = "the archive",
+                     mend: str = "fetch it yourself and use `--source FILE`") -> None:
     """Fetch one archive; what a broken download leaves stays in the cache, to be resumed.
+
+    Args:
+        what: what the file is to the user, for messages.
+        mend: what helps where it cannot be fetched.
 
     Raises:
         MissingError: the address does not give it, or the cache or the target cannot be written.
@@ -92,8 +97,7 @@ def download_archive(url: str, target: Path, cache: Path) -> None:
             # It has no checksum, so the next call must not take it for what the address gives by then.
             os.replace(shared, target)
     except _Unfetched as error:
-        raise MissingError(f"cannot fetch the archive: {error}", mend="fetch it yourself and use `--source FILE`",
-                           received=url) from error
+        raise MissingError(f"cannot fetch {what}: {error}", mend=mend, received=url) from error
 
 
 def stream_sha256(stream: BinaryIO) -> str:

@@ -15,7 +15,9 @@ def write_history(run: Run, history: list[dict]) -> None:
     """Write history.csv: a line for each complete epoch."""
     text = io.StringIO()
     if history:
-        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+        # Not of the first row alone: an older version may have written fewer figures.
+        names = list(dict.fromkeys(name for row in history for name in row))
+        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
     write_bytes(run.history_file, text.getvalue().encode())

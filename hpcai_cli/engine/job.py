@@ -122,8 +122,9 @@ def _fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
         problems.append("best_by=roc_auc and a decision_threshold need two classes")
     if not validated and recipe.decision_threshold != "half":
         problems.append("decision_threshold=f1 is chosen on a validation split, which the data lack")
-    if validated and recipe.best_by == "roc_auc" and len(set(dataset.split("validation").labels.tolist())) < 2:
-        problems.append("best_by=roc_auc needs both classes in the validation split")
+    if validated and (recipe.best_by == "roc_auc" or recipe.decision_threshold != "half") and len(
+            set(dataset.split("validation").labels.tolist())) < 2:
+        problems.append("best_by=roc_auc and a decision_threshold need both classes in the validation split")
     if problems:
         raise UsageError(f"recipe {recipe.name} decides by what it does not have: {'; '.join(problems)}",
                          mend="change it with --set, or write the data again with --validation-fraction")

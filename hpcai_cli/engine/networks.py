@@ -55,6 +55,9 @@ def separable(inputs, *, width: int, stages: int = 5):
             x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
             x = layers.SeparableConv2D(filters, 3, padding="same", use_bias=False)(x)
         x = layers.MaxPooling2D(3, strides=2, padding="same")(x)
-        x = layers.Add()([x, layers.Conv2D(filters, 1, strides=2, padding="same", use_bias=False)(shortcut)])
+        # Every second pixel by a pooling of 1x1, and not by strides of the convolution: oneDNN's gradient of a 1x1
+        # convolution with strides writes beyond its memory where there are fewer than 16 channels (TensorFlow 2.21).
+        shortcut = layers.MaxPooling2D(1, strides=2, padding="same")(shortcut)
+        x = layers.Add()([x, layers.Conv2D(filters, 1, use_bias=False)(shortcut)])
     x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
     return layers.GlobalAveragePooling2D()(x)

@@ -7,9 +7,9 @@ import h5py
 import keras
 
 from hpcai_cli.cache import cache_folder
-from hpcai_cli.engine.downloads import download_archive
+from hpcai_cli.engine.downloads import download_archive, writing_below
 from hpcai_cli.engine.model_file import check_weights
-from hpcai_cli.errors import DataError, MissingError
+from hpcai_cli.errors import DataError
 
 
 def weights_file(wanted: str, address: str) -> Path | None:
@@ -32,13 +32,10 @@ def weights_file(wanted: str, address: str) -> Path | None:
         return path
     target = cache_folder() / "weights" / address.rpartition("/")[2]
     if not target.is_file():
-        try:
+        with writing_below(cache_folder()):
             target.parent.mkdir(parents=True, exist_ok=True)
-            download_archive(address, target, cache_folder())
-        except (MissingError, OSError) as error:
-            raise MissingError(f"ImageNet's weights cannot be fetched: {error}", mend="fetch the file on another "
-                               "machine and give it with --set weights=FILE, or train from scratch with --set "
-                               "weights=none", received=address) from None
+        download_archive(address, target, cache_folder(), what="ImageNet's weights", mend="fetch the file on another "
+                         "machine and give it with --set weights=FILE, or train from scratch with --set weights=none")
     return target
 
 

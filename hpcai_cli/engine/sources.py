@@ -67,7 +67,8 @@ def open_source(source: str, *, downloads: Downloads | None, cache: Path) -> Ite
 
 def _table_name(source: str) -> str:
     """Return the file name of a source that is a single table by its name, else nothing."""
-    name = re.sub(r"[?#].*", "", source).rpartition("/")[2]
+    # In a path the two signs are letters like any other.
+    name = (re.sub(r"[?#].*", "", source) if "://" in source else source).rpartition("/")[2]
     return name if re.search(r"\.(csv|tsv|txt|data)(\.gz)?$", name, re.I) else ""
 
 

@@ -1,5 +1,6 @@
 """The training step: forward, backward, averaged over the ranks, applied; some in a row, compiled once."""
 
+import re
 from collections.abc import Callable
 
 import keras
@@ -9,6 +10,7 @@ import tensorflow as tf
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.pipeline import Block
 from hpcai_cli.engine.task import task_of
+from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
 
 
@@ -92,10 +94,23 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
         _, rows = tf.while_loop(lambda number, _: number < count, one, (0, rows), parallel_iterations=1)
         return rows.stack()
 
-    # One concrete function: looking up the right one at each call takes as long as a small network's step.
-    return steps.get_concrete_function(
-        *(tf.TensorSpec(array.shape, array.dtype) for array in (block.inputs, block.labels, block.weights)),
-        tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32))
+    try:
+        # One concrete function: looking up the right one at each call takes as long as a small network's step.
+        return steps.get_concrete_function(
+            *(tf.TensorSpec(array.shape, array.dtype) for array in (block.inputs, block.labels, block.weights)),
+            tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32))
+    except Exception as error:
+        raise UsageError(f"recipe {recipe.name}: augment and model cannot be compiled to a step",
+                         expected="an augmented batch that the model takes", received=_cause(error)) from error
+
+
+def _cause(error: Exception) -> str:
+    """Return what a recipe's function raised, in one line."""
+    # AutoGraph hides it behind a trace of its own code, and Keras writes it in bold below where it happened.
+    hidden = getattr(error, "ag_error_metadata", None)
+    text = hidden.cause_message if hidden else f"{type(error).__name__}: {error}"
+    bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", text, re.DOTALL)
+    return (bold[1] if bold else text).strip().split("\n")[0]
 
 
 def mixed(inputs: tf.Tensor, seed: tf.Tensor, *, alpha: float) -> tuple[tf.Tensor, tf.Tensor]:

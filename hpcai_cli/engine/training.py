@@ -113,7 +113,8 @@ def train(job: Job, *, resume: bool) -> dict:
     optimizer.build(model.trainable_variables)
     # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
     at = Position(**on_rank_zero(ranks, lambda: (_resumed if resume else _begun)(job, model, optimizer)))
-    place = at.epoch * pipeline.steps_per_epoch + -(-at.cursor // pipeline.global_batch_size)
+    # Counted from the epoch's end, since its rest may take another number of steps than this job's size would have.
+    place = (at.epoch + 1) * pipeline.steps_per_epoch - -(-(len(split) - at.cursor) // pipeline.global_batch_size)
     if place != at.step:
         # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
         getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
@@ -252,7 +253,8 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float
                             row["validation_loss"])
         # Every rank has gathered the same numbers; rank 0's count all the same, since the decision must be one.
         sign = -1 if job.recipe.best_by == "loss" else 1
-        better = not at.best or sign * row[best_by] > sign * at.best[best_by]
+        # From the history: a resumed run may choose by another figure than it began with.
+        better = not at.best or sign * row[best_by] > sign * at.history[at.best["epoch"] - 1][best_by]
         if job.ranks.broadcast_json(better):
             at.best = {"epoch": row["epoch"], "step": at.step, best_by: row[best_by]}
     row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(seconds, 3),

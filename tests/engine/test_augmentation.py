@@ -206,7 +206,8 @@ def test_erasing_takes_what_color_gives():
 # ---- What cannot be ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call", [
-    lambda images: augmentation.shift(images, SEED, pixels=12), lambda images: augmentation.shift(images, SEED, pixels=-1),
+    lambda images: augmentation.shift(images, SEED, pixels=12),
+    lambda images: augmentation.shift(images, SEED, pixels=-1),
     lambda images: augmentation.warp(images, SEED, size=(0, 5)),
     lambda images: augmentation.warp(images, SEED, zoom=(0.0, 1.0)),
     lambda images: augmentation.warp(images, SEED, zoom=(0.5, 1.5)),

@@ -268,7 +268,7 @@ def test_a_packed_archive_is_checked_as_it_is(server, tmp_path):
         assert fetch(server, tmp_path, sha256=digest, name="data.tar.gz") == packed
     assert len(server.requests) == 1
     # What is in it is another thing than what it is.
-    refused(errors.MissingError, lambda: fetch(server, tmp_path, name="other.tar.gz"), "broken or another one", SHA[:12])
+    refused(errors.MissingError, lambda: fetch(server, tmp_path, name="other.tar.gz"), "broken or another one")
 
 
 def test_what_a_file_is_to_the_user_is_in_the_message(tmp_path, monkeypatch):

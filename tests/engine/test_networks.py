@@ -52,3 +52,11 @@ def test_every_weight_learns(build):
     assert losses[-1] < losses[0]
     for weight, old in zip(model.trainable_weights, before, strict=True):
         assert not np.array_equal(weight.numpy(), old), weight.path
+
+
+def test_no_convolution_of_one_pixel_has_strides():
+    """Its gradient writes beyond its memory where there are few channels, and the process dies, now or later."""
+    image = keras.Input((112, 112, 3))
+    model = keras.Model(image, networks.separable(image, width=8))
+    assert not [layer.name for layer in model.layers
+                if isinstance(layer, layers.Conv2D) and layer.kernel_size == (1, 1) and layer.strides != (1, 1)]

@@ -89,7 +89,8 @@ def test_without_a_network_it_is_said_what_helps(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(downloads, "PAUSE_SECONDS", 0.01)
     text = said(MissingError, lambda: pretrained.weights_file("imagenet", f"{NOBODY}w.h5"),
-                "cannot fetch ImageNet's weights", "refused", "--set weights=FILE", "--set weights=none", f"{NOBODY}w.h5")
+                "cannot fetch ImageNet's weights", "refused", "--set weights=FILE", "--set weights=none",
+                f"{NOBODY}w.h5")
     # Those are the words of another command.
     assert "--source" not in text
 

@@ -1,4 +1,4 @@
-"""Every recipe, and every architecture that it offers, goes the whole way by the command line on its built-in sample."""
+"""Every recipe, and every architecture that it offers, goes the whole way by the command line on its sample."""
 
 import json
 import math
@@ -14,8 +14,8 @@ FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 RECIPES = [path.stem.replace("_", "-") for path in FILES if path.stem != "__init__"]
 SMALL = {"width": "8", "units": "16", "bins": "8", "image_size": "64"}
 """What makes a model fast enough for a test, where the recipe has such an option."""
-OWN = {"dogs-vs-cats-transfer": {"width": "0.35", "weights": "none"}}
-"""Where those would not do: that network comes in few widths, and its weights from the network."""
+OWN = {"dogs-vs-cats-transfer": {"width": "0.35", "weights": "none", "frozen": "true"}}
+"""Where those would not do: that network comes in few widths, its weights from an address, and it learns slowly."""
 CASES = [(name, chosen) for name in RECIPES for chosen in
          catalog.find(name).recipe.presets.get("architecture", {"": {}})]
 
@@ -28,7 +28,7 @@ def settings_of(name: str, architecture: str) -> list[str]:
 
 
 def question(name: str, manifest: dict) -> Path | None:
-    """Write a picture of the test split, or a row with the columns of the training; None where arrays were trained on."""
+    """Write a picture of the test split, or a row with the training's columns; None where arrays were trained on."""
     with h5py.File("data.h5") as file:
         if "images" in file["test"]:
             picture = file["test/images"][0]
