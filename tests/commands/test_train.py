@@ -51,7 +51,7 @@ def test_the_default_sample_is_written_once(hpcai, trained):
     (("mnist", "--epochs", "0"), 2, "at least 1"),
     (("mnist", "--batch-size", "0"), 2, "at least 1"),
     (("mnist", "--learning-rate", "nan"), 2, "finite"),
-    (("mnist", "--set", "architecture=huge"), 2, "compact or tutorial"),
+    (("mnist", "--set", "architecture=huge"), 2, "one of compact, tutorial"),
     (("--resume", "none"), 3, "not a run folder"),
     (("mnist", "--from", "none.toml"), 3, "--from"),
 ])

@@ -196,8 +196,10 @@ def test_a_regression_and_what_the_recipe_leaves_to_the_data(tmp_path):
     fitted = store.check_fits(dataset, line)
     assert (fitted.input_shape, fitted.num_classes, fitted.class_names) == ((2,), 0, ())
     kinds = Recipe(name="kinds", summary="", inputs="features")
+    # Its classes are the data's, and these have numbers: what is left to them is the task too.
+    assert store.check_fits(dataset, kinds).task == "regression"
     with pytest.raises(DataError, match="labels of type float32 where a classification has whole numbers"):
-        store.check_fits(dataset, kinds)
+        store.check_fits(dataset, Recipe(name="kinds", summary="", inputs="features", num_classes=4))
     preprocess(tmp_path / "b.h5", {"train": (inputs, np.arange(40) % 4)}, recipe=kinds)
     fitted = store.check_fits(store.Dataset(tmp_path / "b.h5"), kinds)
     assert (fitted.input_shape, fitted.num_classes, fitted.class_names) == ((2,), 4, ("0", "1", "2", "3"))
