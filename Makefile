@@ -24,7 +24,7 @@ lint: .venv/test  ## the linter, import rules included
 format: .venv/test  ## sort imports and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 
-bench: .venv/test horovod  ## measure the speed claims of the README, about 15 minutes
+bench: .venv/test horovod  ## measure the speed claims of the README, about half an hour
 	test -e data/mnist.h5 || $(BIN)/hpcai preprocess mnist
 	$(BIN)/hpcai benchmark
 

@@ -7,8 +7,7 @@ Commands:
     hpcai preprocess dogs-vs-cats --source petimages.zip --output data/dogs-vs-cats.h5
     hpcai train dogs-vs-cats-transfer --data data/dogs-vs-cats.h5
     hpcai train dogs-vs-cats-transfer --data data/dogs-vs-cats.h5 --set weights=mobilenet_v2_no_top.h5
-Score: not measured: where this was written the weights could not be fetched. Elsewhere such networks reach 97 % and
-more.
+Score: not measured yet: where this was written the weights could not be fetched.
 """
 
 from hpcai_cli.recipe import Recipe
