@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hpcai_cli import catalog, console, options
-from hpcai_cli.errors import UsageError
+from hpcai_cli.errors import UsageError, printable
 from hpcai_cli.recipe import parse_assignments
 
 SHOWN = 20
@@ -131,15 +131,10 @@ def _show_lists(lists: dict, classes: list[str]) -> None:
 
 def _show_files(title: str, column: str, rows: list[tuple[str, object]], first: str = "file") -> None:
     if rows:
-        console.table(title, (first, column), [tuple(_printable(cell) for cell in row) for row in rows[:SHOWN]])
+        shown = [tuple(printable(console.format_value(cell)) for cell in row) for row in rows[:SHOWN]]
+        console.table(title, (first, column), shown)
     if len(rows) > SHOWN:
         console.result(f"  and {len(rows) - SHOWN:,} more, see --json")
-
-
-def _printable(cell: object) -> str:
-    # A file's name may hold what moves a terminal's cursor.
-    text = console.format_value(cell)
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _inspect(file: Path | None, sheet: Path | None, json: bool) -> None:

@@ -102,11 +102,8 @@ def validate(recipe: Name, json: options.Json = False) -> None:
             raise UsageError(f"recipe {recipe}: sample fails", received=f"{type(error).__name__}: {error}") from error
         examples = sum(len(labels) for _, labels in splits.values())
         # What the recipe leaves to the data, the sample decides here.
-        count = chosen.num_classes
-        if chosen.task == "classification" and not count:
-            count = len(class_names) or 1 + max(int(labels.max()) for _, labels in splits.values())
         chosen = dataclasses.replace(chosen, input_shape=chosen.input_shape or splits["train"][0].shape[1:],
-                                     num_classes=count)
+                                     num_classes=chosen.num_classes or len(class_names))
     built = model.build(chosen, entry.function("build_model"))
     if json:
         console.result_json({"schema": "hpcai.validate/1", "command": "recipes validate", "recipe": entry.recipe.name,

@@ -9,6 +9,13 @@ LONGEST_VALUE = 300
 _NOTHING = object()
 
 
+def printable(text: str) -> str:
+    """Return what a stranger wrote as it can stand in a message: one line of bounded length, nothing that a terminal
+    would obey."""
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + "..."
+
+
 class HpcaiError(Exception):
     """A failure told in one sentence: what happened, what was expected, what mends it, the value received.
 

@@ -90,7 +90,7 @@ class Recipe:
     schedule: str = _choice("cosine", "cosine", "constant")
     """Course of the learning rate after the warm-up; cosine falls to zero (arXiv 1608.03983)."""
     warmup_epochs: float = _number(0.0, least=0.0)
-    """Epochs over which the learning rate rises linearly from zero to its peak."""
+    """Epochs over which the learning rate rises linearly to its peak."""
     momentum: float = _number(0.9, least=0.0, most=1.0)
     """Momentum of sgd; the other optimizers don't use it."""
     weight_decay: float = _number(0.0, least=0.0)

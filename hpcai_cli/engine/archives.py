@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from hpcai_cli import console
 from hpcai_cli.engine.idx import looks_like_html
-from hpcai_cli.errors import DataError, HpcaiError
+from hpcai_cli.errors import DataError, HpcaiError, printable
 
 MAX_MEMBERS = 2_000_000
 """Files and folders in one archive; ImageNet has 1.4 million."""
@@ -63,19 +63,13 @@ def unpack(archive: Path, folder: Path, *, named: str) -> None:
     except _ARCHIVE_ERRORS as error:
         if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
             raise DataError("two members of the archive have the same name", expected="each name once",
-                            received=f"{_readable(Path(error.filename).name)} in {named}") from error
+                            received=f"{printable(Path(error.filename).name)} in {named}") from error
         if isinstance(error, OSError) and error.filename == str(archive):
             raise DataError(f"cannot read the archive ({error.strerror})", received=named) from error
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
-        raise DataError(f"the archive is truncated or corrupt ({_readable(str(error)) or type(error).__name__})",
+        raise DataError(f"the archive is truncated or corrupt ({printable(str(error)) or type(error).__name__})",
                         expected="a whole archive", mend="fetch it again", received=named) from error
-
-
-def _readable(text: str) -> str:
-    """Return what a stranger wrote as it can stand in a message: one line, without what a terminal would obey."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 class _Budget:
@@ -108,7 +102,7 @@ def _unpack_all(archive: Path, folder: Path) -> None:
         inner.unlink()
         if budget.zips:
             raise DataError("archives are nested more than one deep", expected="a zip within an archive at most",
-                            mend=f"unpack {_readable(inner.name)} yourself and use `--source FOLDER`")
+                            mend=f"unpack {printable(inner.name)} yourself and use `--source FOLDER`")
     if not any(path.is_file() for path in folder.rglob("*")):
         raise DataError("the archive holds no files", expected="at least one regular file")
 
@@ -132,7 +126,7 @@ def _unpack_one(archive: Path, folder: Path, budget: _Budget) -> None:
                 with opened() as stream:
                     _copy(stream, path, budget, lambda: shown.update(file.tell()))
             else:
-                raise DataError(f"{_readable(name)!r} in the archive is a {kind}",
+                raise DataError(f"{printable(name)!r} in the archive is a {kind}",
                                 expected="regular files and folders only",
                                 mend="do not trust this archive, or pack the files themselves")
 
@@ -141,7 +135,7 @@ def _safe_path(name: str, folder: Path) -> Path:
     """Return where a member goes, refusing names that lead out of the folder. Old Windows tools write backslashes."""
     parts = name.replace("\\", "/").split("/")
     if parts[0] == "" or re.match(r"[A-Za-z]:[\\/]", name) or ".." in parts or "\0" in name:
-        raise DataError(f"{_readable(name)!r} in the archive leads out of its folder",
+        raise DataError(f"{printable(name)!r} in the archive leads out of its folder",
                         expected="relative names without ..", mend="do not trust this archive")
     return folder.joinpath(*(part for part in parts if part not in ("", ".")))
 
@@ -164,7 +158,7 @@ def _zip_members(stream: "_BoundedStream") -> Iterator[_Member]:
     with zipfile.ZipFile(stream) as opened:
         for info in opened.infolist():
             if info.flag_bits & 0x1:
-                raise DataError(f"{_readable(info.filename)!r} in the archive is encrypted",
+                raise DataError(f"{printable(info.filename)!r} in the archive is encrypted",
                                 expected="files without a password",
                                 mend="unpack it yourself and use `--source FOLDER`")
             kind = _ZIP_KINDS.get(stat.S_IFMT(info.external_attr >> 16), "device or a pipe")

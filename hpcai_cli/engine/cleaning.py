@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpcai_cli.errors import DataError, HpcaiError
+from hpcai_cli.errors import DataError, HpcaiError, printable
 
 SHOWN = 5
 """Bad files that an error names."""
@@ -38,11 +38,6 @@ def judge(details: Mapping, good: int, wishes, output: Path, *, folder: Path | N
                         mend="look whether this is the right source, or give a larger --max-bad")
     if wishes.on_bad == "quarantine" and folder is not None:
         _copy_aside([entry["file"] for entry in rejected], folder, Path(f"{output}.quarantine"))
-
-
-def printable(name: str) -> str:
-    """Return a file's name with the characters that would change a terminal or a line written as escapes."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _copy_aside(names: list[str], folder: Path, target: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from hpcai_cli.errors import DataError
+from hpcai_cli.errors import DataError, printable
 
+DECODER_VERSION = 2
+"""What decoding makes of a file; another number makes dataset files anew."""
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 """Names that are taken for images; what they hold is for the decoder to say."""
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
@@ -233,5 +235,5 @@ def _check_classes(splits: dict[str, ImageFiles], class_names: tuple[str, ...]) 
 
 
 def _listed(names: Iterable[str], most: int = 10) -> str:
-    names = [ascii(name)[1:-1] if not name.isprintable() else name for name in names]
+    names = list(map(printable, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
-from hpcai_cli.engine.preprocessing import preprocess, reader_digest
+from hpcai_cli.engine.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError
 from hpcai_cli.recipe import Recipe
@@ -148,9 +148,10 @@ def _default_data(request: Request) -> Path:
     sample = cache_folder() / "samples" / f"{name}-{reader_digest(request.sample)}.h5"
     console.note(f"no --data and no {file}: training on the built-in sample; `hpcai preprocess {name}` brings the "
                  "whole data")
+
     def write(force: bool) -> None:
         preprocess(request.data_recipe, load=None, sample=request.sample, downloads=None, source="sample",
-                   output=sample, force=force)
+                   output=sample, wishes=Wishes(force=force))
 
     try:
         write(force=False)

@@ -71,6 +71,15 @@ def settle_statistics(model: keras.Model) -> None:
             layer.finalize_state()
 
 
+def moving_statistics(model: keras.Model) -> list[keras.Variable]:
+    """Return what a step changes without a gradient, as batch normalization's means; not what is frozen, which may be
+    a whole pretrained network."""
+    frozen = {id(variable) for layer in model._flatten_layers(recursive=True) if not layer.trainable
+              for variable in layer.variables}
+    return [variable for variable in model.non_trainable_variables
+            if "float" in variable.dtype and id(variable) not in frozen]
+
+
 def is_random_state(variable: keras.Variable) -> bool:
     """Tell whether a variable is the state of a random generator (dropout), which differs between ranks on purpose."""
     # By the name that keras.random.SeedGenerator gives it: its type differs between backends and releases.

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import keras
 
-from hpcai_cli.errors import DataError
+from hpcai_cli.errors import DataError, printable
 
 MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
 LARGEST_CONFIG = 16 << 20
@@ -66,7 +66,7 @@ def load(path: Path, *, trust: bool = False) -> keras.Model:
         return keras.saving.load_model(path, compile=False, safe_mode=not trust)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
-        raise DataError(f"{path} is no model that Keras can load: {_readable(first_line)}",
+        raise DataError(f"{path} is no model that Keras can load: {printable(first_line)}",
                         expected="a model.keras from `hpcai train`",
                         mend="if it has classes of your own, add --trust-model") from error
 
@@ -101,14 +101,8 @@ def check(path: Path, *, trust: bool = False) -> None:
                 check_weights(weights, sizes["model.weights.h5"])
     except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, OverflowError,
             zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no model file that can be trusted: {_readable(str(error))}",
+        raise DataError(f"{path} is no model file that can be trusted: {printable(str(error))}",
                         expected="a model.keras from `hpcai train`") from None
-
-
-def _readable(text: str) -> str:
-    """Return what a stranger wrote as it can stand in a message: one line, without what a terminal would obey."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return shown if len(shown) <= 400 else f"{shown[:400]}..."
 
 
 def _check_config(config: object) -> None:

@@ -1,16 +1,16 @@
-"""Convolutional networks that several recipes share, and the tutorials' plain stack."""
+"""Convolutional networks of the recipes for images: the tutorials' plain stack, a residual one, a small Xception."""
 
 from keras import layers
 
 
-def tutorial(filters: tuple[int, ...], units: int, *, dropout: float = 0.0, padding: str = "valid") -> list:
+def tutorial(filters: tuple[int, ...], units: int, *, dropout: float = 0.0) -> list:
     """Return the tutorials' layers: convolutions of 3x3 with max-pooling after each, then a dense layer.
 
     uint8 (batch, height, width, channels) in [0, 255] -> features, float32 (batch, units).
     """
     body = [layers.Rescaling(1 / 255)]
     for count in filters:
-        body += [layers.Conv2D(count, 3, activation="relu", padding=padding), layers.MaxPooling2D()]
+        body += [layers.Conv2D(count, 3, activation="relu"), layers.MaxPooling2D()]
     body += [layers.Flatten(), layers.Dense(units, activation="relu")]
     return [*body, layers.Dropout(dropout)] if dropout else body
 

@@ -22,8 +22,6 @@ from hpcai_cli.errors import DataError, StoppedEarly
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.signals import StopRequest
 
-VERSION = 1
-"""Of what the rows are; another one decodes anew what a killed job left."""
 _PRIORITY = ("test", "validation", "train")
 """Of equal photographs in several splits the one in the first of these stays."""
 
@@ -117,7 +115,7 @@ def _shared_out(photographs: list[Photograph], recipe: Recipe, splits: Mapping[s
 
 def _key(photographs: list[Photograph], about: Mapping, shape: tuple[int, ...]) -> str:
     """Return what tells a job of these files and options from all others."""
-    digest = hashlib.sha256(json.dumps([VERSION, dict(about), list(shape)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([dict(about), list(shape)], sort_keys=True).encode())
     for photograph in photographs:
         digest.update(repr(photograph).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

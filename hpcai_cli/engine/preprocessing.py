@@ -13,7 +13,7 @@ from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
 from hpcai_cli.engine import store
 from hpcai_cli.engine.cleaning import judge
-from hpcai_cli.engine.image_files import ImageFiles
+from hpcai_cli.engine.image_files import DECODER_VERSION, ImageFiles
 from hpcai_cli.engine.sources import fingerprint, open_source
 from hpcai_cli.engine.splits import SPLITS, share_out_arrays
 from hpcai_cli.errors import DataError, UsageError
@@ -36,8 +36,11 @@ class Wishes:
     """Processes that decode; 0 takes all cores."""
 
 
+NO_WISHES = Wishes()
+
+
 def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downloads, source: str, output: Path,
-               force: bool = False, wishes: Wishes | None = None) -> dict:
+               wishes: Wishes = NO_WISHES) -> dict:
     """Write the dataset file of a recipe, unless it is there already, and return the report.
 
     Raises:
@@ -47,7 +50,6 @@ def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downl
         StoppedEarly: a signal came while photographs were decoded; the same call goes on from there.
     """
     started = time.monotonic()
-    wishes = wishes or Wishes(force=force)
     if source == "sample" and sample is None:
         raise UsageError(f"recipe {recipe.name} has no built-in sample", expected="a folder, archive or address",
                          received=source)
@@ -65,8 +67,9 @@ def preprocess(recipe: Recipe, *, load: Callable, sample: Callable | None, downl
 def _options(recipe: Recipe, reader: Callable | None, wishes: Wishes) -> dict:
     """Return what decides a file's content beside its source."""
     return {"validation_fraction": recipe.validation_fraction, "test_fraction": recipe.test_fraction,
-            "seed": recipe.seed, "reader": reader_digest(reader), "min_size": wishes.min_size, "task": recipe.task,
-            "input_shape": list(recipe.input_shape), "class_names": list(recipe.class_names),
+            "seed": recipe.seed, "reader": reader_digest(reader), "decoder": DECODER_VERSION,
+            "min_size": wishes.min_size, "task": recipe.task, "input_shape": list(recipe.input_shape),
+            "class_names": list(recipe.class_names),
             # A recipe that leaves the shape to the data decides it by options; other options are the model's.
             "options": {} if recipe.input_shape else dict(recipe.options)}
 
@@ -94,9 +97,6 @@ def _write(recipe, read, source_fingerprint, options, output, wishes, source) ->
 
         photographs.write(output, splits, recipe, wishes, about)
         return False
-    if not class_names and recipe.task == "classification":
-        count = recipe.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
-        class_names = recipe.class_names or tuple(map(str, range(count)))
     judge(details, sum(len(labels) for _, labels in splits.values()), wishes, output, folder=None)
     store.write(output, {name: {recipe.inputs: inputs, "labels": labels} for name, (inputs, labels) in splits.items()},
                 class_names=class_names, details=details, **about)
@@ -106,7 +106,8 @@ def _write(recipe, read, source_fingerprint, options, output, wishes, source) ->
 def read_splits(recipe: Recipe, value: object) -> tuple[dict, tuple[str, ...], dict]:
     """Return splits, class names and details from what a recipe's load or sample returned.
 
-    Arrays are checked and shared out as the recipe says, a table is encoded, photographs stay files.
+    Arrays are checked and shared out as the recipe says, a table is encoded, photographs, which name their classes
+    themselves, stay files.
     """
     if not isinstance(value, dict):
         from hpcai_cli.engine.table_encoding import encode
@@ -119,8 +120,14 @@ def read_splits(recipe: Recipe, value: object) -> tuple[dict, tuple[str, ...], d
     if any(isinstance(files, ImageFiles) for files in splits.values()):
         return splits, (), {}
     splits, found = share_out_arrays(splits, recipe)
-    return splits, (), {"duplicates": found["duplicates"], "conflicts": found["conflicts"],
-                        "duplicate_rows": found["duplicate_rows"], "label_conflicts": found["label_conflicts"]}
+    return splits, _class_names(recipe, splits), found
+
+
+def _class_names(recipe: Recipe, splits: dict) -> tuple[str, ...]:
+    if recipe.task == "regression":
+        return ()
+    count = recipe.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
+    return recipe.class_names or tuple(map(str, range(count)))
 
 
 def _described(output: Path, recipe: Recipe, seconds: float) -> dict:

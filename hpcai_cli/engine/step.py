@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.model import moving_statistics
 from hpcai_cli.engine.pipeline import Block
 from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import UsageError
@@ -29,7 +30,7 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     """
     task = task_of(recipe)
     trainable = model.trainable_variables
-    statistics = [variable for variable in model.non_trainable_variables if "float" in variable.dtype]
+    statistics = moving_statistics(model)
 
     def losses_of(labels, scores):
         losses = task.losses(labels, scores)

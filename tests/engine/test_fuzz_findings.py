@@ -59,7 +59,7 @@ def test_a_model_whose_weights_point_beyond_every_file(tmp_path, model):
 def test_parts_of_a_model_with_names_that_a_terminal_would_obey(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
         archive.writestr("config.json\x1b[2J\n" + "x" * 5000, "")
-    refused(lambda: model_file.check(tmp_path / "model.keras"), "it holds config.json?[2J?x")
+    refused(lambda: model_file.check(tmp_path / "model.keras"), "it holds config.json\\x1b[2J\\nx")
 
 
 @pytest.mark.parametrize("name", ["../" + "x" * 5000, "/\x1b[2J" + "x" * 5000, "y" * 5000 + "\x07\n"])

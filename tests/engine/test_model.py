@@ -170,3 +170,14 @@ def test_statistics_that_were_assigned_are_used():
         variable.assign(value)
     subject.settle_statistics(other)
     np.testing.assert_array_equal(other(rows), one(rows))
+
+
+def test_moving_statistics_are_what_trains_without_a_gradient():
+    def with_norms(recipe):
+        frozen = keras.Sequential([layers.Dense(4, name="frozen"), layers.BatchNormalization(name="frozen_norm")],
+                                  name="pretrained", trainable=False)
+        return keras.Sequential([keras.Input(recipe.input_shape), layers.Flatten(), frozen,
+                                 layers.BatchNormalization(name="norm"), layers.Dropout(0.5), layers.Dense(3)])
+
+    found = subject.moving_statistics(subject.build(RECIPE, with_norms))
+    assert [variable.path.partition("norm/")[2] for variable in found] == ["moving_mean", "moving_variance"]

@@ -20,7 +20,8 @@ def good(count: int = 60) -> dict:
 
 def preprocess(output, splits=None, *, recipe=RECIPE, force: bool = False) -> dict:
     return preprocessing.preprocess(recipe, load=None, sample=lambda: splits or good(), downloads=None,
-                                    source="sample", output=output, force=force)
+                                    source="sample", output=output,
+                                    wishes=preprocessing.Wishes(force=force))
 
 
 @pytest.mark.parametrize("value", [None, [], {}, {"test": (images(3), np.zeros(3, int))}, (images(3), np.zeros(3))])
