@@ -1,6 +1,7 @@
 """Image files to the arrays that a recipe's model takes."""
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def read_image(path: Path | str, shape: tuple[int, int, int]) -> np.ndarray:
 def read_bytes(path: Path | str) -> bytes:
     """Read a file of at most MOST_BYTES; of a larger one just enough for `decode` to see that."""
     with open(path, "rb", buffering=0) as file:
-        return file.read(MOST_BYTES + 1)
+        # Asked for more than there is, Python would take the memory for it first.
+        return file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
 
 
 def decode(content: bytes, shape: tuple[int, int, int], *, min_size: int = 1) -> np.ndarray:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -109,7 +110,11 @@ class PartialFile:
         """
         chosen = {split: self._packed(split, labels) for split in self.counts}
         statistics = _statistics(self._sums[chosen["train"]].sum(axis=0), len(chosen["train"]), self.shape)
-        digests = {f"{split}/images": self._checksum(split, len(numbers)) for split, numbers in chosen.items()}
+        with ThreadPoolExecutor() as pool:
+            # The disk is at work while the processor computes.
+            pool.submit(os.fsync, self._file)
+            checksums = pool.map(self._checksum, chosen, map(len, chosen.values()))
+            digests = {f"{split}/images": checksum for split, checksum in zip(chosen, checksums, strict=True)}
         with h5py.File(self.path, "r+", libver=store_writer.LIBRARY_VERSIONS, locking=False) as file:
             for split, numbers in chosen.items():
                 values = np.array([labels[number] for number in numbers], np.int64)

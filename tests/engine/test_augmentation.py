@@ -65,15 +65,13 @@ def test_a_warp_to_another_size_is_a_bilinear_resize(size):
     images = smooth(2, 32)
     found = augmentation.warp(tf.constant(images), SEED, size=size, flip=False).numpy().astype(float)
     plain = tf.image.resize(images, size, method="bilinear").numpy()
-    # One gray level of rounding.
-    np.testing.assert_allclose(found, plain, atol=1.01)
+    np.testing.assert_allclose(found, plain, atol=0.51)
 
 
 def test_a_warp_changes_no_picture_s_brightness():
     images = np.random.default_rng(0).integers(100, 156, (64, 16, 16, 1), dtype=np.uint8)
     found = augmentation.warp(tf.constant(images), SEED, zoom=(0.6, 1.0), rotation=30.0).numpy()
-    # The interpolation cuts fractions of a gray level off.
-    assert images.mean() - 0.6 < found.mean() < images.mean() + 0.1
+    assert images.mean() - 0.3 < found.mean() < images.mean() + 0.3
 
 
 def test_about_half_of_the_images_are_mirrored_and_the_others_are_not():
