@@ -11,15 +11,15 @@ import typer
 
 from hpcai_cli import catalog, console, options
 from hpcai_cli.errors import DataError, UsageError
-from hpcai_cli.run import Run
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder from `hpcai train`.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a compressed or "
+                                          "exported model.")],
     files: Annotated[list[str] | None, typer.Argument(metavar="[FILES | -]", help="Images or CSV files; `-` has names "
                                                       "from standard input, one a line.")] = None,
-    trust_model: Annotated[bool, typer.Option("--trust-model", help="Load classes of your own from the model file; "
-                                              "only for files that you made: they can run code.")] = False,
+    like: options.Like = None,
+    trust_model: options.TrustModel = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -29,25 +29,22 @@ def predict(
 
     Examples:
         $ hpcai predict runs/mnist-1 digit.png
+        $ hpcai predict runs/mnist-1/compressed/int8 digit.png
+        $ hpcai predict mnist.onnx digit.png --like runs/mnist-1
         $ find . -name '*.png' | hpcai predict runs/mnist-1 - --json
         $ hpcai predict runs/shoppers-1 sessions.csv
     """
     if not files:
         raise UsageError("predict needs files", expected="images or CSV files, or `-` for names on standard input")
-    opened = Run.open(run)
-    manifest, recipe = opened.manifest(), opened.recipe()
-    details = manifest.get("data_details", {})
+    with console.quiet():
+        from hpcai_cli.engine import inference, prediction
+    opened = inference.open_model(model, like=like, trust=trust_model, find_recipe=catalog.find)
+    recipe, details = opened.recipe, opened.run.manifest().get("data_details") or {}
     if recipe.inputs != "images" and "columns" not in details:
         raise UsageError(f"recipe {recipe.name} takes neither images nor rows of a table", received=recipe.inputs)
-    with console.quiet():
-        from hpcai_cli.engine import evaluation, model_file, prediction
-    if trust_model:
-        # Classes of the user's own are registered by the module that defines them.
-        catalog.find(manifest["recipe_reference"])
-    model = model_file.load(opened.model_file, trust=trust_model)
     failed, reading = 0, True
-    asked = {"run_forward": evaluation.forward(model, recipe), "class_names": recipe.class_names,
-             "threshold": opened.decision_threshold()}
+    asked = {"run_forward": opened.forward, "class_names": recipe.class_names,
+             "threshold": opened.run.decision_threshold()}
     if recipe.inputs == "images":
         answers = prediction.predict_images(_names(files), shape=recipe.input_shape, **asked)
     else:
@@ -55,7 +52,7 @@ def predict(
     for answer in answers:
         failed += "error" in answer
         if json:
-            reading = console.result(json_module.dumps(answer))
+            reading = console.result(json_module.dumps(answer, allow_nan=False))
         elif "error" in answer:
             console.note(f"{_place(answer)}: {answer['error']}")
         else:
@@ -65,7 +62,7 @@ def predict(
             break
     if failed:
         one, more = ("file", "files") if recipe.inputs == "images" else ("row or file", "rows or files")
-        raise DataError(f"{failed} {one if failed == 1 else more} could not be read",
+        raise DataError(f"{failed} {one + ' has' if failed == 1 else more + ' have'} no answer",
                         expected="images" if recipe.inputs == "images" else "CSV files with the training's columns",
                         mend="the lines above say why")
 

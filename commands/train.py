@@ -67,9 +67,9 @@ def train(
         from hpcai_cli.engine import job
 
     source = entry.data_source()
-    request = job.Request(chosen, entry.reference, entry.function("build_model"), entry.function("augment"),
-                          entry.function("adapt"), source.recipe, source.function("sample"), data, output, resume,
-                          tensorboard)
+    functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
+    request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
+                          resume, tensorboard)
     if np > 1:
         _start_ranks(np, job.prepare(request), request, assignments, json)
         return

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from hpcai_cli import __version__, console
 from hpcai_cli.commands.benchmark import benchmark
+from hpcai_cli.commands.compress import compress
 from hpcai_cli.commands.doctor import doctor
 from hpcai_cli.commands.evaluate import evaluate
 from hpcai_cli.commands.predict import predict
@@ -84,6 +85,7 @@ app.command()(preprocess)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(compress)
 app.command()(benchmark)
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)

@@ -21,6 +21,10 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show what TensorFlow a
                                        callback=_set_verbose, is_eager=True)]
 Data = Annotated[Path | None, typer.Option("--data", metavar="FILE.h5", help="Dataset file from `hpcai preprocess`.")]
 Processes = Annotated[int, typer.Option("--np", min=1, metavar="N", help="Processes on this host, under horovodrun.")]
+TrustModel = Annotated[bool, typer.Option("--trust-model", help="Load classes of your own from the model file; only "
+                                          "for files that you made: they can run code.")]
+Like = Annotated[Path | None, typer.Option("--like", metavar="RUN", help="The run that says recipe, classes and data, "
+                                           "for a model file that lies in no run folder.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the recipe; "
                                                "repeatable. `hpcai recipes show` lists them.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take settings from a recipe.json or a TOML "

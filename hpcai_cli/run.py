@@ -29,8 +29,10 @@ class Run:
         self.result_file = self.folder / "result.json"
         self.failure_file = self.folder / "failure.json"
         self.model_file = self.folder / "model.keras"
+        self.tflite_file = self.folder / "model.tflite"
         self.checkpoints = self.folder / "checkpoints"
         self.evaluation = self.folder / "evaluation"
+        self.compressed = self.folder / "compressed"
         self.tensorboard = self.folder / "tensorboard"
 
     @classmethod
@@ -89,6 +91,17 @@ class Run:
     def manifest(self) -> dict:
         """Read manifest.json."""
         return read_json(self.manifest_file)
+
+    def recipe_reference(self) -> str:
+        """Return what finds the run's recipe again: its name, or the path of its file.
+
+        Raises:
+            DataError: manifest.json doesn't say it.
+        """
+        reference = self.manifest().get("recipe_reference")
+        if not isinstance(reference, str):
+            raise DataError(f"{self.manifest_file} names no recipe", expected="a recipe_reference", received=reference)
+        return reference
 
     def decision_threshold(self) -> float | None:
         """Return the probability from which on the run answers the second of two classes; None for the likelier one."""

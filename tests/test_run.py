@@ -87,6 +87,23 @@ def test_a_run_is_opened_with_its_recipe():
     assert again.manifest() == {"seed": 3}
 
 
+def test_a_compressed_run_is_opened_like_any(tmp_path):
+    folder = tmp_path / "run" / "compressed" / "int8"
+    write_json(folder / "recipe.json", RECIPE.to_json())
+    write_json(folder / "manifest.json", {"recipe_reference": "wool", "data": "wool.h5"})
+    run = Run.open(folder)
+    assert run.recipe() == RECIPE
+    assert (run.recipe_reference(), run.manifest()["data"]) == ("wool", "wool.h5")
+    assert Run(tmp_path / "run").compressed == folder.parent
+
+
+@pytest.mark.parametrize("manifest", [{}, {"recipe_reference": None}, {"recipe_reference": ["wool"]}])
+def test_a_manifest_that_names_no_recipe(manifest):
+    write_json(Path("manifest.json"), manifest)
+    with pytest.raises(DataError, match="manifest.json names no recipe"):
+        Run(Path(".")).recipe_reference()
+
+
 def test_what_is_no_run_names_those_that_are():
     with pytest.raises(DataError, match="not a run folder; .*run `hpcai train RECIPE` first; received: 'none'"):
         Run.open(Path("none"))

@@ -1,6 +1,5 @@
 """Evaluation: every example exactly once over all ranks, so that 1, 2 or 4 processes give the same numbers."""
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -14,24 +13,31 @@ from hpcai_cli.recipe import Recipe
 
 BATCH_SIZE = 250
 """Examples per forward pass; no result depends on it."""
-CALIBRATION_BINS = 15
-"""As in Guo et al., arXiv 1706.04599."""
-MOST_DRAWN = 50
-"""Classes up to which the drawing of the confusion matrix has names and numbers."""
+TOP = 5
+"""How many answers top_5_accuracy allows; it is a figure only where there are more classes than that."""
 
 
 def metric_names(recipe: Recipe) -> tuple[str, ...]:
     """Return the names of the figures that a report holds."""
     if recipe.task == "regression":
-        return ("loss", "mean_absolute_error", "root_mean_squared_error", "r2")
+        return ("loss", "mean_absolute_error", "root_mean_squared_error", "median_absolute_error", "mean_error", "r2")
     names = ("accuracy", "loss", "calibration_error", "macro_precision", "macro_recall", "macro_f1")
-    return (*names, "roc_auc", "average_precision", "f1") if recipe.num_classes == 2 else names
+    if recipe.num_classes == 2:
+        return (*names, "roc_auc", "average_precision", "f1")
+    top = (f"top_{TOP}_accuracy",) if recipe.num_classes > TOP else ()
+    return (*names, *top, "macro_roc_auc", "macro_average_precision")
+
+
+def main_metric(recipe: Recipe) -> str:
+    """Return the name of the figure by which two models, or two kinds of examples, are compared."""
+    return "mean_absolute_error" if recipe.task == "regression" else "accuracy"
 
 
 def forward(model, recipe: Recipe) -> Callable:
-    """Compile the model's inference: inputs as stored -> the task's scores, float32 (b, columns)."""
+    """Compile the model's inference, NumPy in and out: inputs as stored -> the task's scores, float32 (b, columns)."""
     task = task_of(recipe)
-    return tf.function(lambda inputs: task.scores(model(inputs, training=False)), reduce_retracing=True)
+    compiled = tf.function(lambda inputs: task.scores(model(inputs, training=False)), reduce_retracing=True)
+    return lambda inputs: compiled(tf.constant(inputs)).numpy()
 
 
 def scores_of(run_forward: Callable, split: Split, ranks: Serial | Horovod, *, columns: int,
@@ -50,7 +56,7 @@ def scores_of(run_forward: Callable, split: Split, ranks: Serial | Horovod, *, c
         rows = np.arange(start, min(start + size, last))
         # The last batch is filled up to the common shape, or TensorFlow would compile a second function for it.
         split.gather(np.resize(rows, size), inputs, labels)
-        parts.append(run_forward(tf.constant(inputs)).numpy()[:len(rows)])
+        parts.append(run_forward(inputs)[:len(rows)])
         on_batch(start + len(rows) - first)
     # A rank without a share still takes part in the gathering, with no rows.
     return ranks.gather(np.concatenate([np.zeros((0, columns), np.float32), *parts]))
@@ -112,6 +118,13 @@ def answers(scores: np.ndarray, threshold: float | None = None) -> np.ndarray:
     return (np.exp(log_probabilities(scores))[:, 1] >= threshold).astype(np.int64)
 
 
+def places_of_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how many classes are answered before the right one, int64 (n,); of equal scores the first comes first."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    earlier = np.arange(scores.shape[1]) < labels[:, None]
+    return ((scores > own) | (scores == own) & earlier).sum(axis=1)
+
+
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return the probability from which on answering the second of two classes gives the best F1."""
     from sklearn.metrics import precision_recall_curve
@@ -120,61 +133,3 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     precision, recall, thresholds = precision_recall_curve(labels, probabilities)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     return float(thresholds[f1[:-1].argmax()])
-
-
-def report(recipe: Recipe, scores: np.ndarray, labels: np.ndarray, threshold: float | None = None) -> dict:
-    """Return everything that is said of a split: all metrics; for classes also per-class figures and the confusion."""
-    metrics = figures(recipe, scores, labels, threshold)
-    if recipe.task == "regression":
-        return {"metrics": metrics}
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-    every = np.arange(recipe.num_classes)
-    predicted = answers(scores, threshold)
-    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
-    probabilities = np.exp(log_probabilities(scores))
-    return {
-        "metrics": {**metrics, "calibration_error": calibration_error(probabilities, labels),
-                    "macro_precision": float(precision.mean()), "macro_recall": float(recall.mean()),
-                    "macro_f1": float(f1.mean())},
-        "classes": [{"name": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-                    for name, p, r, f, n in zip(recipe.class_names, precision, recall, f1, support, strict=True)],
-        "confusion": confusion_matrix(labels, predicted, labels=every).tolist(),
-    }
-
-
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the expected calibration error: |confidence - accuracy| averaged over bins of equal width.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation 3.
-    """
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = [abs(confidence[bins == number].sum() - right[bins == number].sum()) for number in range(CALIBRATION_BINS)]
-    return float(sum(gaps) / len(labels))
-
-
-def draw_confusion(confusion: list[list[int]], class_names: tuple[str, ...], path) -> None:
-    """Write the confusion matrix as a PNG: rows are the true classes, columns the predicted ones."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    # Beyond MOST_DRAWN the numbers would be too small to read, and take minutes.
-    written = len(class_names) <= MOST_DRAWN
-    side = max(4.0, 0.6 * min(len(class_names), MOST_DRAWN) + 1.5)
-    figure, axes = pyplot.subplots(figsize=(side, side))
-    # A dollar sign would begin a formula, and a long name leave no room for the matrix.
-    names = [(name if len(name) <= 30 else name[:27] + "...").replace("$", r"\$") for name in class_names]
-    ConfusionMatrixDisplay(np.array(confusion), display_labels=names if written else None).plot(
-        ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical", values_format="d", include_values=written)
-    if not written:
-        axes.set(xticks=[], yticks=[])
-    with warnings.catch_warnings():
-        # Names in a script that the font lacks are drawn as boxes; a line for each sign would be said otherwise.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)

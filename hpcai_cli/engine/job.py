@@ -33,6 +33,8 @@ class Request:
     build_model: Callable
     augment: Callable | None
     """augment(inputs, seed, recipe) -> inputs, within the compiled step."""
+    final_augment: Callable | None
+    """The same for the last epochs, as many as the recipe's final_epochs."""
     adapt: Callable | None
     """adapt(model, inputs, labels, recipe): fits what the model takes from the training split, before step one."""
     data_recipe: Recipe
@@ -80,9 +82,11 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
     request = dataclasses.replace(request, recipe=_fitted(request.recipe, dataset))
     try:
-        augment = request.augment and partial(request.augment, recipe=request.recipe)
+        augment, final_augment = (function and partial(function, recipe=request.recipe)
+                                  for function in (request.augment, request.final_augment))
         job = training.Job(request.recipe, run, dataset, ranks, request.build_model, augment, request.adapt, stop,
-                           request.tensorboard, describe=lambda: _describe(run, request, dataset, facts))
+                           request.tensorboard, final_augment,
+                           describe=lambda: _describe(run, request, dataset, facts))
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
         code = error.exit_code if isinstance(error, HpcaiError) else 1

@@ -24,7 +24,8 @@ class Block:
 
     Attributes:
         inputs: the examples as stored, (g, b, ...); g is the same for all blocks.
-        labels: int64 (g, b); float32 where the task is a regression.
+        labels: int64 (g, b); float32 where the task is a regression; with further columns where a teacher's scores go
+            along.
         weights: float32 (g, b): size / m for each of the m examples of a whole step, 0 for padding. The mean over the
             ranks of sum(weights * losses) is the mean loss of the step's examples, also when m doesn't divide.
         examples: examples of each step, over all ranks; as many as there are steps, at most g.
@@ -74,14 +75,15 @@ class Pipeline:
         order = epoch_order(len(self._split), seed=self._seed, epoch=epoch)
         size, step = self.batch_size, self.global_batch_size
         inputs = np.zeros((self.steps_per_block, size, *self._split.inputs.shape[1:]), self._split.inputs.dtype)
-        labels = np.zeros((self.steps_per_block, size), self._split.labels.dtype)
+        labels = np.zeros((self.steps_per_block, size, *self._split.labels.shape[1:]), self._split.labels.dtype)
         weights = np.full((self.steps_per_block, size), 1 / size, np.float32)
         steps = 1 if single_first else self.steps_per_block
         while len(order) - cursor >= step:
             rows = self._rows(order, cursor, steps)
             steps = len(rows)
             self._split.announce(self._rows(order, cursor + steps * step, self.steps_per_block).ravel())
-            self._split.gather(rows.ravel(), inputs[:steps].reshape(-1, *inputs.shape[2:]), labels[:steps].reshape(-1))
+            self._split.gather(rows.ravel(), inputs[:steps].reshape(-1, *inputs.shape[2:]),
+                               labels[:steps].reshape(-1, *labels.shape[2:]))
             yield Block(inputs, labels, weights, [step] * steps)
             cursor, steps = cursor + steps * step, self.steps_per_block
         if cursor < len(order):
@@ -97,7 +99,7 @@ class Pipeline:
         """Return the last step, which is not whole: some ranks have less to do, but none does nothing."""
         start = cursor + self._rank * self.batch_size
         rows = order[start:start + self.batch_size]
-        weights = np.zeros(labels.shape, np.float32)
+        weights = np.zeros(labels.shape[:2], np.float32)
         weights[0, :len(rows)] = self._size / (len(order) - cursor)
         # Padding has weight 0, but batch normalization sees it: different examples, or their variance would be none.
         padding = np.resize(np.roll(order, -self._rank * self.batch_size), self.batch_size - len(rows))

@@ -1,11 +1,11 @@
 """Predictions for files: in batches, each file on its own, an unreadable one reported and passed."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from hpcai_cli.engine.evaluation import answers, log_probabilities
 from hpcai_cli.engine.images import read_image
@@ -20,7 +20,7 @@ def predict_images(files: Iterable[str], *, run_forward: Callable, shape: tuple[
     """Yield for each file, in order, `file` and its answer (`label` and `probability`, or `value`), or `error`.
 
     Args:
-        run_forward: what `evaluation.forward` gives.
+        run_forward: a model's inference as `inference.open_model` gives it.
         class_names: empty for a regression.
         threshold: of two classes, the probability from which on the second is the answer.
     """
@@ -36,7 +36,7 @@ def predict_images(files: Iterable[str], *, run_forward: Callable, shape: tuple[
                 said.append({"file": name, "error": str(error)})
         if places:
             # Always the same shape, so that TensorFlow compiles once.
-            scores = run_forward(tf.constant(images)).numpy()[:len(places)]
+            scores = run_forward(images)[:len(places)]
             for place, answer in zip(places, _answered(scores, class_names, threshold), strict=True):
                 said[place] |= answer
         yield from said
@@ -64,14 +64,20 @@ def predict_rows(files: Iterable[str], *, run_forward: Callable, details: Mappin
             part = inputs[start:start + BATCH_SIZE]
             padded = np.zeros((BATCH_SIZE, inputs.shape[1]), np.float32)
             padded[:len(part)] = part
-            scores = run_forward(tf.constant(padded)).numpy()[:len(part)]
+            scores = run_forward(padded)[:len(part)]
             for place, answer in enumerate(_answered(scores, class_names, threshold), start):
                 yield {"file": name, "row": place + 1, **({"error": reasons[place]} if place in reasons else answer)}
 
 
 def _answered(scores: np.ndarray, class_names: tuple[str, ...], threshold: float | None) -> list[dict]:
     if not class_names:
-        return [{"value": float(value)} for value in scores[:, 0]]
+        return [_finite({"value": float(value)}) for value in scores[:, 0]]
     probabilities = np.exp(log_probabilities(scores))
-    return [{"label": class_names[best], "probability": float(row[best])}
+    return [_finite({"label": class_names[best], "probability": float(row[best])})
             for best, row in zip(answers(scores, threshold).tolist(), probabilities, strict=True)]
+
+
+def _finite(answer: dict) -> dict:
+    """Return the answer, or an error where it is no number: JSON has none for it, and its label would be chance."""
+    number = [*answer.values()][-1]
+    return answer if math.isfinite(number) else {"error": f"the model's answer is {number}, which is no number"}

@@ -7,9 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hpcai_cli.engine.distillation import Teacher
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.model import moving_statistics
 from hpcai_cli.engine.pipeline import Block
+from hpcai_cli.engine.pruning import MagnitudePruning
 from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
@@ -17,7 +19,8 @@ from hpcai_cli.recipe import Recipe
 
 def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
                   ranks: Serial | Horovod, *, block: Block, augment: Callable | None = None,
-                  weight_of_class: np.ndarray | None = None) -> Callable:
+                  weight_of_class: np.ndarray | None = None, teacher: Teacher | None = None,
+                  pruning: MagnitudePruning | None = None) -> Callable:
     """Return the compiled steps (inputs, labels, weights, seed, stop, count) -> sums, for blocks like `block`.
 
     inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken; seed, int32 (2,),
@@ -27,6 +30,8 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
 
     Args:
         weight_of_class: float32 (num_classes,), the weight of each class's examples in the loss.
+        teacher: whose scores the model learns beside the labels.
+        pruning: sets weights to zero after each update.
     """
     task = task_of(recipe)
     trainable = model.trainable_variables
@@ -39,10 +44,14 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     def loss_of(inputs, labels, weights, seed):
         if recipe.mixup:
             inputs, share = mixed(inputs, seed, alpha=recipe.mixup)
+        if teacher is not None:
+            labels, taught = teacher.taught(labels, inputs)
         scores = task.scores(model(inputs, training=True))
         losses = losses_of(labels, scores)
         if recipe.mixup:
             losses = share * losses + (1 - share) * losses_of(tf.roll(labels, 1, axis=0), scores)
+        if teacher is not None:
+            losses = teacher.losses(losses, scores, taught)
         # Regularization counts once per step: the weights of a whole step sum to the number of ranks.
         loss = tf.reduce_sum(losses * weights) + sum(model.losses, 0.0) * tf.reduce_sum(weights)
         measure = tf.reduce_sum(tf.where(weights > 0, task.measures(labels, scores), 0.0))
@@ -80,7 +89,10 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
             gradients, means, sums = ranks.reduce(gradients, [variable.value for variable in statistics], sums)
             for variable, mean in zip(statistics, means, strict=True):
                 variable.assign(mean)
+        before = pruning.kept() if pruning else None
         optimizer.apply(gradients, trainable)
+        if pruning:
+            pruning.apply(before, getattr(optimizer, "inner_optimizer", optimizer).iterations)
         return sums
 
     @tf.function

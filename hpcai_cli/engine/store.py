@@ -80,6 +80,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def with_labels(self, labels: np.ndarray) -> "Split":
+        """Return the same examples with other labels, (n, ...)."""
+        return Split(self.inputs, labels, self._pages, self._offset)
+
     def gather(self, rows: np.ndarray, inputs_out: np.ndarray, labels_out: np.ndarray) -> None:
         """Copy rows (int64 (b,), each in [0, n)) into the caller's buffers, which are used again for each batch."""
         if self._pages is None:

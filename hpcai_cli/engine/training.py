@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.engine import checkpoint, evaluation, history
+from hpcai_cli.engine.distillation import Teacher
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
 from hpcai_cli.engine.model import (
     adapt,
@@ -23,6 +25,7 @@ from hpcai_cli.engine.model import (
     spread_random_state,
 )
 from hpcai_cli.engine.pipeline import Block, Pipeline
+from hpcai_cli.engine.pruning import MagnitudePruning
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset, Split
 from hpcai_cli.engine.task import class_weights, task_of
@@ -45,8 +48,18 @@ class Job:
     adapt: Callable | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     tensorboard: bool = False
+    final_augment: Callable | None = None
+    """Takes the place of `augment` in the recipe's final_epochs."""
     describe: Callable[[], None] = lambda: None
     """Writes recipe.json and manifest.json of a resumed run, once it is known that the checkpoint fits."""
+    teacher: Teacher | None = None
+    """Whose scores the model learns beside the labels."""
+    prune: Callable[[keras.Model, int], MagnitudePruning] | None = None
+    """Returns what sets weights of the model to zero, in a training of so many steps."""
+    first_choice: int = 1
+    """The first epoch that may be chosen as the best: weights that go to zero little by little are all gone then."""
+    finished: Callable[[keras.Model], keras.Model] = lambda model: model
+    """Returns what is saved of a model that was trained."""
 
 
 @dataclass
@@ -106,8 +119,8 @@ def train(job: Job, *, resume: bool) -> dict:
 
     # ---- Build everything; rank 0's values count.
     split = job.dataset.split("train")
-    pipeline = Pipeline(split, batch_size=recipe.batch_size * recipe.accumulation_steps, seed=recipe.seed,
-                        rank=ranks.rank, size=ranks.size)
+    pipeline = Pipeline(job.teacher.joined(split) if job.teacher else split, seed=recipe.seed, rank=ranks.rank,
+                        size=ranks.size, batch_size=recipe.batch_size * recipe.accumulation_steps)
     model = build(recipe, job.build_model)
     optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=ranks.size)
     optimizer.build(model.trainable_variables)
@@ -123,8 +136,11 @@ def train(job: Job, *, resume: bool) -> dict:
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
     prove_in_step(ranks, weights, when="at the start")
-    steps = compile_steps(model, optimizer, recipe, ranks, block=next(pipeline.blocks(0)), augment=job.augment,
-                          weight_of_class=class_weights(recipe, split.labels))
+    compiled = partial(compile_steps, model, optimizer, recipe, ranks, block=next(pipeline.blocks(0)),
+                       weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
+                       pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs))
+    steps = compiled(augment=job.augment)
+    final_steps = compiled(augment=job.final_augment) if recipe.final_epochs and job.final_augment else steps
     validate = _validator(job, model)
     board = history.Board(run.tensorboard if job.tensorboard and ranks.rank == 0 else None)
     _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
@@ -143,7 +159,8 @@ def train(job: Job, *, resume: bool) -> dict:
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             epoch_started, cursor_started = time.monotonic(), at.cursor
             blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step + 1 == first)
-            stop_asked = run_blocks(job, at, steps, blocks, after_block)
+            final = at.epoch >= recipe.epochs - recipe.final_epochs
+            stop_asked = run_blocks(job, at, final_steps if final else steps, blocks, after_block)
             _prove_finite(model, at)
             if stop_asked and at.cursor < len(split):
                 _save(job, at, model, optimizer, weights)
@@ -254,7 +271,8 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float
         # Every rank has gathered the same numbers; rank 0's count all the same, since the decision must be one.
         sign = -1 if job.recipe.best_by == "loss" else 1
         # From the history: a resumed run may choose by another figure than it began with.
-        better = not at.best or sign * row[best_by] > sign * at.history[at.best["epoch"] - 1][best_by]
+        better = row["epoch"] >= job.first_choice and (
+            not at.best or sign * row[best_by] > sign * at.history[at.best["epoch"] - 1][best_by])
         if job.ranks.broadcast_json(better):
             at.best = {"epoch": row["epoch"], "step": at.step, best_by: row[best_by]}
     row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(seconds, 3),
@@ -319,7 +337,7 @@ def _finish(job: Job, at: Position, model, *, seconds: float) -> dict:
         # Named so that Keras takes it for its own format; written whole or not at all.
         temporary = job.run.folder / f".{os.getpid()}.keras"
         try:
-            model.save(temporary)
+            job.finished(model).save(temporary)
             write_bytes(job.run.model_file, temporary.read_bytes())
         finally:
             temporary.unlink(missing_ok=True)

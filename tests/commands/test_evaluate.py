@@ -157,3 +157,136 @@ def test_adapt_is_called_once_also_where_the_training_is_resumed(hpcai):
     done = hpcai("train", "--resume", "run", "--epochs", 2)
     assert done.exit_code == 0, done.stderr
     assert "adapting" not in done.stdout
+
+
+# ---- The report, a comparison, slices, robustness -------------------------------------------------------------------
+
+def answered(done) -> dict:
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_report_is_three_kinds_of_files_that_say_the_same(hpcai, trained):
+    document = answered(hpcai("evaluate", "run", "--json"))
+    folder = Path(document["folder"])
+    assert folder == Path("run/evaluation")
+    assert json.loads((folder / "metrics.json").read_text()) == document
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "confusion.png", "curves.png", "metrics.json", "reliability.png", "report.html"]
+    page = (folder / "report.html").read_text()
+    for name, value in document["metrics"].items():
+        assert name in page and f"{value:.4f}" in page
+    shown = hpcai("evaluate", "run").stdout
+    low, high = document["intervals"]["roc_auc"]
+    assert low < document["metrics"]["roc_auc"] < high
+    assert f"{low:.4f} to {high:.4f}" in shown
+
+
+def test_another_split_does_not_overwrite_the_test_split(hpcai, trained):
+    test = answered(hpcai("evaluate", "run", "--json"))
+    other = answered(hpcai("evaluate", "run", "--split", "validation", "--json"))
+    assert json.loads(Path("run/evaluation/metrics.json").read_text()) == test
+    assert json.loads(Path("run/evaluation/validation/metrics.json").read_text()) == other
+    elsewhere = answered(hpcai("evaluate", "run", "--output", "there", "--json"))
+    assert elsewhere["metrics"] == test["metrics"] and Path("there/report.html").is_file()
+    done = hpcai("evaluate", "run", "--split", "holdout")
+    assert done.exit_code == 3 and "has no holdout split; expected one of train, validation, test" in done.stderr
+
+
+def test_a_checkpoint_and_a_model_file_have_the_same_report_elsewhere(hpcai, trained):
+    run = answered(hpcai("evaluate", "run", "--json"))
+    file = answered(hpcai("evaluate", "run/model.keras", "--json"))
+    assert file["metrics"] == run["metrics"] and file["folder"] == "run/evaluation/model.keras"
+    Path("model.keras").write_bytes(Path("run/model.keras").read_bytes())
+    moved = answered(hpcai("evaluate", "model.keras", "--like", "run", "--json"))
+    assert moved["metrics"] == run["metrics"] and moved["folder"] == "model.keras-evaluation"
+    newest = sorted(Path("run/checkpoints").iterdir())[-1]
+    kept = answered(hpcai("evaluate", newest, "--trust-model", "--json"))
+    assert 0 < kept["metrics"]["accuracy"] <= 1 and kept["folder"] == f"run/evaluation/checkpoints/{newest.name}"
+    assert json.loads(Path("run/evaluation/metrics.json").read_text()) == run
+
+
+def test_two_runs_on_the_same_examples(hpcai, trained):
+    splits, _ = trained
+    worse = hpcai("train", "./two.py", "--data", "two.h5", "--output", "worse", "--set", "learning_rate=1e-9")
+    assert worse.exit_code == 0, worse.stderr
+    asked = ("evaluate", "run", "--compare", "worse")
+    document = answered(hpcai(*asked, "--json"))
+    one, other = document["metrics"], answered(hpcai("evaluate", "worse", "--json"))["metrics"]
+    found = document["comparison"]
+    assert found["difference"] == pytest.approx(one["accuracy"] - other["accuracy"])
+    assert found["differences"]["loss"]["theirs"] == pytest.approx(other["loss"])
+    names, labels = ("no", "yes"), splits["test"][1]
+    only = [sum(row["answer"] == row["label"] for row in found["changed"]),
+            sum(row["other_answer"] == row["label"] for row in found["changed"])]
+    assert only == [found["mcnemar"]["only_ours_right"], found["mcnemar"]["only_theirs_right"]]
+    assert all(row["label"] == names[labels[row["row"]]] for row in found["changed"])
+    assert "McNemar" in Path("run/evaluation/report.html").read_text()
+    assert "McNemar" in hpcai(*asked).stdout
+    assert hpcai(*asked, "--require", "difference_high>=-1", "--require", "p_value<=1").exit_code == 0
+    done = hpcai(*asked, "--require", "difference_low>=1")
+    assert done.exit_code == 5 and "where difference_low>=1 is required" in done.stderr
+    hpcai("evaluate", "run")
+    assert "comparison" not in json.loads(Path("run/evaluation/metrics.json").read_text())
+
+
+def test_a_run_on_other_data_cannot_be_compared(hpcai, trained):
+    assert hpcai("train", "linear-regression", "--epochs", 1, "--output", "line").exit_code == 0
+    done = hpcai("evaluate", "run", "--compare", "line")
+    assert done.exit_code == 3 and "line cannot answer the same examples" in done.stderr
+    done = hpcai("evaluate", "run", "--require", "difference>=0")
+    assert done.exit_code == 2 and "knows no 'difference' without --compare MODEL" in done.stderr
+    assert not Path("run/evaluation").exists()
+
+
+def test_a_model_that_gives_no_numbers_is_named(hpcai, trained):
+    import keras
+
+    model = keras.saving.load_model("run/model.keras", compile=False)
+    model.layers[1].set_weights([np.full_like(weight, np.nan) for weight in model.layers[1].get_weights()])
+    model.save("run/model.keras")
+    done = hpcai("evaluate", "run")
+    assert done.exit_code == 3
+    assert "no finite numbers for 150 of 150 examples, first for row 0" in done.stderr.splitlines()[-1]
+    assert not Path("run/evaluation").exists()
+
+
+def test_slices_of_classes_and_a_condition_on_an_interval(hpcai, trained):
+    document = answered(hpcai("evaluate", "run", "--by", "class", "--json", "--require", "accuracy_low>=0"))
+    assert [(row["name"], row["count"]) for row in document["slices"]] == [
+        (row["name"], row["support"]) for row in document["classes"]]
+    done = hpcai("evaluate", "run", "--by", "colour")
+    assert done.exit_code == 2 and "--by knows no column 'colour'; expected one of class" in done.stderr
+    done = hpcai("evaluate", "run", "--require", "accuracy_high<0.01", "--require", "loss_low>100")
+    assert done.exit_code == 5 and "; loss_low is " in done.stderr
+    done = hpcai("evaluate", "run", "--robustness")
+    assert done.exit_code == 2 and "--robustness corrupts pictures" in done.stderr
+
+
+def test_a_table_by_its_columns(hpcai):
+    source = np.random.default_rng(0)
+    rows = [f"{value:.3f},{source.choice(['red', 'blue'])},{'yes' if value > 0 else 'no'}"
+            for value in source.normal(size=200)]
+    Path("rows.csv").write_text("x,kind,label\n" + "\n".join(rows) + "\n")
+    Path("fewer.csv").write_text("x,kind,label\n" + "\n".join(rows).replace("blue", "green") + "\n")
+    for name in ("rows", "fewer"):
+        done = hpcai("preprocess", "table", "--source", f"{name}.csv", "--output", f"{name}.h5", "--set", "label=label")
+        assert done.exit_code == 0, done.stderr
+    assert hpcai("train", "table", "--data", "rows.h5", "--output", "run", "--epochs", 2).exit_code == 0
+    document = answered(hpcai("evaluate", "run", "--by", "kind", "--json"))
+    assert {row["name"] for row in document["slices"]} == {"red", "blue"}
+    assert sum(row["count"] for row in document["slices"]) == document["examples"]
+    assert len(answered(hpcai("evaluate", "run", "--by", "x", "--json"))["slices"]) == 4
+    done = hpcai("evaluate", "run", "--data", "fewer.h5")
+    assert done.exit_code == 3 and "encodes its columns otherwise" in done.stderr
+
+
+def test_pictures_and_their_robustness(hpcai):
+    assert hpcai("train", "mnist-mlp", "--epochs", 1, "--output", "digits").exit_code == 0
+    document = answered(hpcai("evaluate", "digits", "--robustness", "--json", "--require", "robust_accuracy>=0.1"))
+    assert len(document["robustness"]["rows"]) == 12
+    assert document["robustness"]["clean"] == document["metrics"]["accuracy"]
+    assert {"hardest.png", "robustness.png"} <= {path.name for path in Path("digits/evaluation").iterdir()}
+    assert document["metrics"]["accuracy"] <= document["metrics"]["top_5_accuracy"]
+    hpcai("evaluate", "digits")
+    assert not Path("digits/evaluation/robustness.png").exists()

@@ -1,6 +1,7 @@
 """hpcai predict: an answer for each picture or row, an error where there is none."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_picture_and_what_is_none(hpcai, runs):
     first, second, third = lines(done)
     assert set(first) == {"file", "label", "probability"} and first == third
     assert set(second) == {"file", "error"}
-    assert done.stderr.splitlines()[-1] == ("error: 1 file could not be read; expected images; "
+    assert done.stderr.splitlines()[-1] == ("error: 1 file has no answer; expected images; "
                                             "the lines above say why")
 
 
@@ -93,7 +94,7 @@ def test_a_row_that_cannot_be_read_ends_in_exit_code_3_and_the_rest_goes_on(hpca
     assert [answer.get("label", "error") for answer in found] == ["error", "yes", "error", "no", "error"]
     assert "lack the column 'x'" in found[0]["error"]
     assert found[2]["row"] == 2 and "'many'" in found[2]["error"]
-    assert done.stderr.splitlines()[-1].startswith("error: 3 rows or files could not be read; expected CSV files")
+    assert done.stderr.splitlines()[-1].startswith("error: 3 rows or files have no answer; expected CSV files")
     text = hpcai("predict", runs["classes"], "bad.csv")
     assert len(text.stdout.splitlines()) == 2 and "bad.csv:2: line 3" in text.stderr
 
@@ -104,6 +105,62 @@ def test_what_was_not_a_table_has_no_rows(hpcai):
     done = hpcai("predict", "line", "new.csv")
     assert done.exit_code == 2
     assert "takes neither images nor rows of a table" in done.stderr
+
+
+# ---- Every kind of model -------------------------------------------------------------------------------------------
+
+def test_a_checkpoint_a_model_file_and_a_compressed_run_answer_like_the_run(hpcai, runs, tmp_path):
+    from hpcai_cli.engine import model_file, quantization
+
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (28, 28), dtype=np.uint8)).save("digit.png")
+    run, compressed, copy = runs["digits"], tmp_path / "compressed", tmp_path / "copy.keras"
+    shutil.copytree(run, compressed)
+    content = quantization.convert(model_file.load(run / "model.keras"), (28, 28, 1), kind="float32")
+    (compressed / "model.tflite").write_bytes(content)
+    (compressed / "model.keras").unlink()
+    shutil.copy(run / "model.keras", copy)
+    wanted, = lines(hpcai("predict", run, "digit.png", "--json"))
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
+    for words in ((checkpoint,), (compressed,), (compressed / "model.tflite",), (copy, "--like", run)):
+        done = hpcai("predict", words[0], "digit.png", "--json", *words[1:])
+        assert done.exit_code == 0, done.stderr
+        answer, = lines(done)
+        assert answer["label"] == wanted["label"]
+        assert answer["probability"] == pytest.approx(wanted["probability"], abs=1e-4)
+    done = hpcai("predict", copy, "digit.png")
+    assert done.exit_code == 3
+    assert "lies in no run folder" in done.stderr and "--like RUN" in done.stderr
+
+
+def test_rows_by_a_model_file(hpcai, runs, tmp_path):
+    Path("new.csv").write_text("kind,x\nred,2.5\nblue,-2.5\n")
+    shutil.copy(runs["classes"] / "model.keras", tmp_path / "m.keras")
+    wanted = lines(hpcai("predict", runs["classes"], "new.csv", "--json"))
+    assert lines(hpcai("predict", tmp_path / "m.keras", "new.csv", "--json", "--like", runs["classes"])) == wanted
+
+
+def test_a_model_of_another_recipe_is_refused(hpcai, runs, tmp_path):
+    shutil.copy(runs["classes"] / "model.keras", tmp_path / "m.keras")
+    done = hpcai("predict", tmp_path / "m.keras", "a.png", "--like", runs["digits"])
+    assert done.exit_code == 3
+    assert "does not take the examples of recipe mnist-mlp" in done.stderr
+
+
+def test_a_model_whose_answers_are_no_numbers_prints_json_all_the_same(hpcai, runs, tmp_path):
+    import keras
+
+    broken = tmp_path / "broken"
+    shutil.copytree(runs["numbers"], broken)
+    model = keras.saving.load_model(broken / "model.keras")
+    for variable in model.trainable_variables:
+        variable.assign(np.full(variable.shape, np.nan))
+    model.save(broken / "model.keras")
+    Path("new.csv").write_text("x,kind\n0.5,red\n")
+    done = hpcai("predict", broken, "new.csv", "--json")
+    assert done.exit_code == 3
+    answer, = (json.loads(line, parse_constant=pytest.fail) for line in done.stdout.splitlines())
+    assert answer == {"file": "new.csv", "row": 1, "error": "the model's answer is nan, which is no number"}
+    assert done.stderr.splitlines()[-1].startswith("error: 1 row or file has no answer")
 
 
 def test_without_files_and_without_a_run(hpcai, runs):

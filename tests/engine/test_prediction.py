@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 from hpcai_cli.engine import prediction
@@ -15,8 +14,8 @@ NAMES = ("dark", "gray", "light")
 def run_forward(images):
     """A model that can be done in the head: the brighter the picture, the higher the class."""
     run_forward.shapes.append(tuple(images.shape))
-    means = images.numpy().mean(axis=(1, 2, 3))
-    return tf.constant(-np.abs(means[:, None] - [20.0, 120.0, 220.0]), tf.float32)
+    means = images.mean(axis=(1, 2, 3))
+    return -np.abs(means[:, None] - [20.0, 120.0, 220.0]).astype(np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +92,7 @@ def test_a_threshold_decides_and_the_probability_stays_that_of_the_label(tmp_pat
     logit = np.log(0.3 / 0.7)
     answers = prediction.predict_images(
         [write(tmp_path, "a.png", 1)], shape=(4, 4, 1), class_names=("no", "yes"), threshold=threshold,
-        run_forward=lambda images: tf.constant([[0.0, logit]] * len(images), tf.float32))
+        run_forward=lambda images: np.array([[0.0, logit]] * len(images), np.float32))
     assert list(answers) == [{"file": str(tmp_path / "a.png"), "label": label,
                               "probability": pytest.approx(probability, rel=1e-5)}]
 
@@ -101,10 +100,21 @@ def test_a_threshold_decides_and_the_probability_stays_that_of_the_label(tmp_pat
 def test_a_picture_can_be_given_a_number(tmp_path):
     answers = prediction.predict_images(
         [write(tmp_path, "a.png", 7), "none.png"], shape=(4, 4, 1), class_names=(),
-        run_forward=lambda images: tf.reduce_mean(tf.cast(images, tf.float32), axis=(1, 2)) * 2)
+        run_forward=lambda images: images.astype(np.float32).mean(axis=(1, 2)) * 2)
     first, second = answers
     assert first == {"file": str(tmp_path / "a.png"), "value": 14.0}
     assert set(second) == {"file", "error"}
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_no_number_is_an_error(tmp_path, score):
+    name = write(tmp_path, "a.png", 7)
+    for names, scores in ((("no", "yes"), [[0.0, 1.0], [score, score]]), ((), [[1.0], [score]])):
+        answers = prediction.predict_images([name, name], shape=(4, 4, 1), class_names=names,
+                                            run_forward=lambda images, scores=scores: np.array(scores, np.float32))
+        first, second = answers
+        assert "error" not in first
+        assert set(second) == {"file", "error"} and "which is no number" in second["error"]
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------------
@@ -121,7 +131,7 @@ def predict_rows(*files, class_names=()) -> list[dict]:
     def forward(inputs):
         seen.append(inputs.shape[0])
         numbers = inputs[:, :1] + 100 * inputs[:, 1:2] + 1000 * inputs[:, 2:3]
-        return numbers if not class_names else tf.concat([numbers, tf.zeros_like(numbers)], axis=1)
+        return numbers if not class_names else np.concatenate([numbers, np.zeros_like(numbers)], axis=1)
 
     found = list(prediction.predict_rows(map(str, files), run_forward=forward, details=DETAILS,
                                          class_names=class_names))

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 from hpcai_cli.engine import augmentation, checkpoint, pipeline, training
+from hpcai_cli.engine.pruning import MagnitudePruning
 from hpcai_cli.engine.step import build_optimizer
 from hpcai_cli.errors import EXIT_STOPPED, DataError, StoppedEarly
 
@@ -94,6 +95,25 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settin
     assert_same(tiny, "stopped")
     assert [event["event"] for event in tiny.events("stopped")][:6] == [
         "started", "epoch", "checkpoint", "checkpoint", "stopped", "resumed"]
+
+
+@pytest.mark.parametrize("looks", [2 * LOOKS - 3, 2 * LOOKS + 6], ids=["before", "in"])
+def test_stopped_around_the_final_epochs_or_while_weights_go(tiny, looks):
+    """Two augmentations and a pruning that is half done: the step's number alone says what comes next."""
+    def job(run: str, **more) -> training.Job:
+        made = tiny.job(run, augment=moved, final_epochs=2, **more)
+        made.final_augment = noise
+        made.prune = lambda model, steps: MagnitudePruning(model, sparsity=0.6, steps=steps)
+        return made
+
+    training.train(job("whole"), resume=False)
+    with pytest.raises(StoppedEarly):
+        training.train(job("stopped", stop=StopAfter(looks)), resume=False)
+    training.train(job("stopped"), resume=True)
+    assert_same(tiny, "stopped")
+    kernels = [weights for weights in tiny.weights("stopped") if weights.ndim > 1]
+    assert sum((weights == 0).sum() for weights in kernels) / sum(weights.size for weights in kernels) == pytest.approx(
+        0.6, abs=0.01)
 
 
 def test_stopped_again_and_again(tiny):

@@ -111,6 +111,22 @@ def test_accumulation_and_augmentation_train_too(tiny):
     assert history[1]["loss"] < history[0]["loss"]
 
 
+def test_the_final_epochs_train_on_other_examples(tiny):
+    job = tiny.job(augment=lambda images, seed: tf.zeros_like(images), epochs=4, final_epochs=2, learning_rate=0.05)
+    job.final_augment = lambda images, seed: tf.cast(images, tf.float32)
+    training.train(job, resume=False)
+    history = checkpoint.newest(job.run.checkpoints)[0].history
+    # Blank pictures have one answer for all; then come the real ones.
+    assert [row["loss"] > 1.06 for row in history] == [True, True, False, False]
+
+
+def test_no_epoch_before_the_first_choice_is_the_best(tiny):
+    job = tiny.job(data=tiny.data("wrong.h5", wrong_validation=True), epochs=4)
+    # The better the training, the worse it is on wrong labels.
+    job.first_choice = 3
+    assert training.train(job, resume=False)["best_epoch"] == 3
+
+
 def linear(recipe):
     return keras.Sequential([keras.Input(recipe.input_shape), layers.Flatten(), layers.Dense(3)])
 

@@ -1,0 +1,166 @@
+"""hpcai compress as a user meets it: a run of the sample's digits, every kind of step, the gates, and going on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpcai_cli.commands import compress as command
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """Train once for all tests here."""
+    from typer.testing import CliRunner
+
+    from hpcai_cli.main import app
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPCAI_CACHE", str(folder / "cache"))
+        data = folder / "digits.h5"
+        for words in (["preprocess", "mnist", "--source", "sample", "--output", str(data)],
+                      ["train", "mnist", "--data", str(data), "--set", "width=4", "--epochs", "12", "--output",
+                       str(folder / "run")]):
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(run_folder) -> Path:
+    shutil.copytree(run_folder, "run")
+    return Path("run")
+
+
+def report_of(done) -> dict:
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def form(report: dict, name: str) -> dict:
+    return next(row for row in report["forms"] if row["name"] == name)
+
+
+def test_int8_is_smaller_and_goes_through_evaluate_and_predict(hpcai, run):
+    report = report_of(hpcai("compress", run, "--quantize", "int8", "--max-drop", "0.05", "--json"))
+    assert report["schema"] == "hpcai.compress/1"
+    assert [row["name"] for row in report["forms"]][:2] == ["original", "float32"]
+    small = form(report, Path(report["chosen"]).name)
+    assert small["bytes"] < 0.6 * form(report, "float32")["bytes"]
+    assert small["drop"] <= 0.05
+    low, high = small["interval"]
+    assert low <= small["metrics"]["accuracy"] <= high
+    assert all(row["latency_ms"]["1"] > 0 and row["peak_memory_mb"] > 50 for row in report["forms"])
+    assert (Path(report["chosen"]) / "compression.png").read_bytes()[:4] == b"\x89PNG"
+
+    judged = hpcai("evaluate", report["chosen"], "--json")
+    assert judged.exit_code == 0, judged.stderr
+    assert json.loads(judged.stdout)["metrics"]["accuracy"] == pytest.approx(small["metrics"]["accuracy"])
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save("digit.png")
+    said = json.loads(hpcai("predict", report["chosen"], "digit.png", "--json").stdout)
+    assert set(said) == {"file", "label", "probability"}
+
+
+def test_pruned_weights_are_zero_in_the_file_and_pack_well(hpcai, run):
+    report = report_of(hpcai("compress", run, "--prune", "0.8", "--epochs", "4", "--json"))
+    pruned, packed = form(report, "prune_0.8"), form(report, "prune_0.8-float32")
+    assert pruned["sparsity"] == pytest.approx(0.8, abs=0.01)
+    assert packed["bytes_gzipped"] < 0.6 * form(report, "float32")["bytes_gzipped"]
+    assert pruned["macs"] == form(report, "original")["macs"]
+
+
+def test_filters_really_go(hpcai, run):
+    report = report_of(hpcai("compress", run, "--prune", "0.5", "--pattern", "filters", "--epochs", "3", "--json"))
+    narrow, original = form(report, "narrow_0.5"), form(report, "original")
+    assert narrow["macs"] <= 0.5 * original["macs"]
+    assert narrow["parameters"] < original["parameters"]
+    assert narrow["bytes"] < original["bytes"]
+
+
+def test_a_chain_of_all_steps_leaves_each_in_a_folder_of_its_own(hpcai, run):
+    words = ["compress", run, "--distill", "width=3", "--prune", "0.5", "--quantize", "int8", "--aware", "--epochs",
+             "3", "--json"]
+    report = report_of(hpcai(*words))
+    folders = {path.name for path in (run / "compressed").iterdir()}
+    assert {"distil_width=3", "distil_width=3-prune_0.5", "distil_width=3-prune_0.5-aware",
+            "distil_width=3-prune_0.5-aware-int8"} <= folders
+    # What was pruned stays pruned through the training under quantization.
+    chain = form(report, "distil_width=3-prune_0.5-aware-int8")
+    assert chain["parameters"] < 0.8 * form(report, "original")["parameters"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("model.*")}
+    again = report_of(hpcai(*words))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("model.*")} == before
+    assert again["metrics"] == report["metrics"]
+
+
+def test_other_settings_do_not_replace_what_is_there_unasked(hpcai, run):
+    report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "1", "--json"))
+    refused = hpcai("compress", run, "--prune", "0.5", "--epochs", "2")
+    assert refused.exit_code == 2
+    assert "--force" in refused.stderr
+    assert hpcai("compress", run, "--prune", "0.5", "--epochs", "2", "--force").exit_code == 0
+
+
+def test_a_bound_that_no_form_holds_is_exit_code_5(hpcai, run, monkeypatch):
+    """Pruned to almost nothing and hardly trained afterwards, no form is as good as it was."""
+    from hpcai_cli.engine import compression_plan
+
+    monkeypatch.setattr(compression_plan, "MILDER", (0.99,))
+    done = hpcai("compress", run, "--prune", "0.97", "--epochs", "1", "--learning-rate", "1e-6", "--max-drop", "0.01",
+                 "--json")
+    assert done.exit_code == 5, done.stderr
+    report = json.loads(done.stdout)
+    assert report["chosen"] is None
+    assert "loses" in report["failed"]
+    assert len(report["forms"]) == 3
+
+
+def test_a_milder_form_is_taken_where_the_asked_one_does_not_hold(hpcai, run, monkeypatch):
+    from hpcai_cli.engine import compression_plan
+
+    monkeypatch.setattr(compression_plan, "MILDER", (0.01,))
+    report = report_of(hpcai("compress", run, "--prune", "0.97", "--epochs", "1", "--learning-rate", "1e-6",
+                             "--max-drop", "0.02", "--json"))
+    assert Path(report["chosen"]).name == "prune_0.01"
+    assert "prune_0.97 loses" in report["notes"][0]
+    assert "the first that holds" in report["notes"][0]
+
+
+def test_a_target_is_met_by_the_mildest_form(hpcai, run):
+    sizes = {row["name"]: row["bytes"] for row in report_of(
+        hpcai("compress", run, "--quantize", "float16", "--json"))["forms"]}
+    report = report_of(hpcai("compress", run, "--target", f"size={sizes['float16'] - 1}B", "--json"))
+    assert Path(report["chosen"]).name == "dynamic"
+    assert form(report, "dynamic")["bytes"] < sizes["float16"]
+
+
+def test_an_impossible_target_is_exit_code_5(hpcai, run):
+    done = hpcai("compress", run, "--quantize", "float16", "--prune", "0.5", "--epochs", "1", "--target", "size=10B")
+    assert done.exit_code == 5
+    assert "size" in done.stderr and "10 is asked for" in done.stderr
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (("none", "--quantize", "int8"), 3, "not a run folder"),
+    (("run",), 2, "nothing to do"),
+    (("run", "--prune", "2"), 2, "between 0 and 1"),
+    (("run", "--quantize", "int4"), 2, "float16, dynamic, int8"),
+    (("run", "--target", "speed=3"), 2, "size=200KB"),
+    (("run", "--distill", "width=none"), 2, "width"),
+    (("run", "--distill", "cifar10"), 2, "other examples"),
+    (("run", "--quantize", "int8", "--data", "none.h5"), 3, "hpcai preprocess"),
+])
+def test_wrong_words_end_in_one_sentence(hpcai, run, words, code, said):
+    done = hpcai("compress", *words)
+    assert done.exit_code == code, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not Path("run/compressed").exists()
+
+
+def test_the_help_loads_no_framework():
+    assert "tensorflow" not in command.__dict__
