@@ -52,7 +52,7 @@ def compress(
     Next: hpcai evaluate RUN/compressed/NAME
     """
     opened = Run.open(run)
-    from hpcai_cli.engine import compression_plan as plan
+    from hpcai_cli.engine.compression import plan
 
     asked = plan.Asked(distil or "", prune, pattern, quantize or "", aware, max_drop, plan.parse_target(target))
     plan.check(asked, epochs=epochs, learning_rate=learning_rate, temperature=temperature, alpha=alpha)
@@ -70,7 +70,7 @@ def compress(
     entry = catalog.find(opened.manifest()["recipe_reference"])
     student, chosen = _student(distil, entry, opened.recipe())
     with console.quiet():
-        from hpcai_cli.engine.compression_search import compress_run
+        from hpcai_cli.engine.compression.search import compress_run
     with StopRequest() as stop:
         report = compress_run(
             opened, asked, data=data, student=student, build_student=chosen.function("build_model"),

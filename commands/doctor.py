@@ -31,8 +31,8 @@ def doctor(
     if not build_horovod and (with_mpi is not None or with_nccl):
         raise UsageError("--with-mpi, --without-mpi and --with-nccl say how to build",
                          mend="add --build-horovod")
-    from hpcai_cli.engine import doctor as engine
-    from hpcai_cli.engine import horovod_build
+    from hpcai_cli.engine.environment import doctor as engine
+    from hpcai_cli.engine.environment import horovod_build
 
     if build_horovod:
         horovod_build.build(with_mpi=with_mpi, with_nccl=with_nccl)

@@ -45,7 +45,7 @@ def evaluate(
 
     Next: hpcai predict MODEL FILES
     """
-    from hpcai_cli.engine import conditions
+    from hpcai_cli.engine.reports import conditions
 
     required = tuple(conditions.parse(text) for text in require or [])
     for path in filter(None, (model, compare, like)):
@@ -61,14 +61,14 @@ def evaluate(
                                 *_words("--trust-model", trust_model), *_words("--json", json)])
         return
     with console.quiet():
-        from hpcai_cli.engine import evaluation_job
-    document = evaluation_job.evaluate(evaluation_job.Question(
+        from hpcai_cli.engine.reports import judging
+    document = judging.evaluate(judging.Question(
         model, like, data, split, compare, by, robustness, output, trust_model, catalog.find, required))
     if json:
         console.result_json(document)
     else:
         _print(document)
-    conditions.check(required, evaluation_job.figures(document), split)
+    conditions.check(required, judging.figures(document), split)
 
 
 def _words(option: str, value: object) -> list[str]:
@@ -87,19 +87,19 @@ def _evaluate_in_ranks(np: int, arguments: list[str]) -> None:
 
 
 def _print(document: dict) -> None:
-    from hpcai_cli.engine import report_page
+    from hpcai_cli.engine.reports import page
 
     console.table(f"{document['model']} on {document['examples']:,} examples of the {document['split']} split",
-                  *report_page.metric_rows(document))
+                  *page.metric_rows(document))
     if "classes" in document:
         columns = ("name", "precision", "recall", "f1", "support")
         console.table("By class", ("class", *columns[1:]), [tuple(row[name] for name in columns)
                                                             for row in document["classes"]])
     if "slices" in document:
-        console.table(f"By {document['by']}", *report_page.slice_rows(document))
+        console.table(f"By {document['by']}", *page.slice_rows(document))
     if "robustness" in document:
-        console.table("Under corruptions", *report_page.robustness_rows(document))
+        console.table("Under corruptions", *page.robustness_rows(document))
     if "comparison" in document:
-        console.table(f"Against {document['comparison']['model']}", *report_page.comparison_rows(document))
-        console.result(report_page.comparison_words(document["comparison"]))
+        console.table(f"Against {document['comparison']['model']}", *page.comparison_rows(document))
+        console.result(page.comparison_words(document["comparison"]))
     console.result(f"written: {document['folder']}/report.html, metrics.json and pictures")

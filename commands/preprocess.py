@@ -85,7 +85,7 @@ def preprocess(
     most = _share(max_bad)
 
     with console.quiet():
-        from hpcai_cli.engine import preprocessing
+        from hpcai_cli.engine.raw import preprocessing
 
     report = preprocessing.preprocess(
         chosen, load=entry.function("load"), sample=entry.function("sample"),
@@ -142,7 +142,7 @@ def _inspect(file: Path | None, sheet: Path | None, json: bool) -> None:
         raise UsageError("inspect needs a dataset file", expected="`hpcai preprocess inspect FILE.h5`",
                          mend="name the file that `hpcai preprocess` wrote")
     with console.quiet():
-        from hpcai_cli.engine import inspection
+        from hpcai_cli.engine.raw import inspection
 
     document = inspection.inspect(file)
     if sheet is not None:

@@ -90,7 +90,8 @@ def validate(recipe: Name, json: options.Json = False) -> None:
     entry = catalog.find(recipe)
     source = entry.data_source()
     with console.quiet():
-        from hpcai_cli.engine import model, preprocessing
+        from hpcai_cli.engine import model
+        from hpcai_cli.engine.raw import preprocessing
 
     chosen, examples = entry.recipe, 0
     if source.function("sample") is not None:

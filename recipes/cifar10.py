@@ -44,8 +44,8 @@ downloads = Downloads(
 
 def load(source: Path, recipe: Recipe) -> dict:
     """Read CIFAR's own files, or a tree of images."""
-    from hpcai_cli.engine.cifar import has_cifar, read_cifar
-    from hpcai_cli.engine.image_files import find_image_files
+    from hpcai_cli.engine.raw.cifar import has_cifar, read_cifar
+    from hpcai_cli.engine.raw.image_files import find_image_files
 
     if has_cifar(source):
         return read_cifar(source, num_classes=recipe.num_classes)

@@ -44,7 +44,7 @@ recipe = Recipe(
 
 def load(source: Path, recipe: Recipe) -> dict:
     """Find the photographs; they are decoded in parallel later."""
-    from hpcai_cli.engine.image_files import find_image_files
+    from hpcai_cli.engine.raw.image_files import find_image_files
 
     return find_image_files(source, shape=recipe.input_shape, class_names=recipe.class_names)
 

@@ -33,7 +33,7 @@ recipe = Recipe(
 
 def load(source: Path, recipe: Recipe) -> dict:
     """Find the images; they are decoded in parallel later."""
-    from hpcai_cli.engine.image_files import find_image_files
+    from hpcai_cli.engine.raw.image_files import find_image_files
 
     size = recipe.options["image_size"]
     return find_image_files(source, shape=(size, size, 3), class_names=recipe.class_names)

@@ -33,7 +33,7 @@ recipe = Recipe(
 
 def load(source: Path, recipe: Recipe):
     """Read the CSV file below a folder: float32 x (n, 1) and y (n,)."""
-    from hpcai_cli.engine.tables import read_table
+    from hpcai_cli.engine.raw.tables import read_table
 
     return read_table(source, label="y", task="regression")
 

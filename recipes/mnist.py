@@ -53,7 +53,7 @@ def load(source: Path, recipe: Recipe) -> dict:
     Returns:
         Per split the images, uint8 (n, 28, 28, 1) in [0, 255], and the labels, int64 (n,) in [0, 9].
     """
-    from hpcai_cli.engine.idx import read_images_and_labels
+    from hpcai_cli.engine.raw.idx import read_images_and_labels
 
     return read_images_and_labels(source, num_classes=10, image_shape=(28, 28, 1))
 

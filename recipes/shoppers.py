@@ -42,7 +42,7 @@ CATEGORIES = ("OperatingSystems", "Browser", "Region", "TrafficType")
 
 def load(source: Path, recipe: Recipe):
     """Read the CSV file below a folder."""
-    from hpcai_cli.engine.tables import read_table
+    from hpcai_cli.engine.raw.tables import read_table
 
     return read_table(source, label="Revenue", categories=CATEGORIES)
 
@@ -51,7 +51,7 @@ def sample():
     """Return 2,000 sessions that are made up: who looks at more pages of value buys more often."""
     import numpy as np
 
-    from hpcai_cli.engine.tables import table_of
+    from hpcai_cli.engine.raw.tables import table_of
 
     source, count = np.random.default_rng(0), 2_000
     columns = {name: source.integers(1, 9, count) for name in CATEGORIES}

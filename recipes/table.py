@@ -34,7 +34,7 @@ recipe = Recipe(
 
 def load(source: Path, recipe: Recipe):
     """Read the CSV file or files below a folder."""
-    from hpcai_cli.engine.tables import read_table
+    from hpcai_cli.engine.raw.tables import read_table
 
     return read_table(source, label=recipe.options["label"], task=recipe.task, drop=tuple(recipe.options["drop"]),
                       categories=tuple(recipe.options["categories"]))
@@ -44,7 +44,7 @@ def sample():
     """Return the 178 wines that scikit-learn carries: 13 measurements each, three cultivars."""
     from sklearn.datasets import load_wine
 
-    from hpcai_cli.engine.tables import table_of
+    from hpcai_cli.engine.raw.tables import table_of
 
     wine = load_wine(as_frame=True)
     return table_of({**wine.data, "cultivar": wine.target_names[wine.target]}, label="cultivar")

@@ -50,7 +50,7 @@ def _idx(*sizes: int) -> bytes:
 
 def _read_idx(mutated: str) -> Callable[[Path, bytes], None]:
     def read(folder: Path, content: bytes) -> None:
-        from hpcai_cli.engine.idx import read_images_and_labels
+        from hpcai_cli.engine.raw.idx import read_images_and_labels
 
         if not any(folder.iterdir()):
             for split in ("train", "t10k"):
@@ -109,7 +109,7 @@ def _gzip(content: bytes) -> bytes:
 
 
 def _unpack(folder: Path, content: bytes) -> None:
-    from hpcai_cli.engine.archives import unpack
+    from hpcai_cli.engine.raw.archives import unpack
 
     shutil.rmtree(folder / "files", ignore_errors=True)
     (folder / "archive").write_bytes(content)
@@ -135,7 +135,7 @@ def _images(kind: str, modes: tuple[str, ...], **options) -> Callable[[], list[b
 
 
 def _read_image(folder: Path, content: bytes) -> None:
-    from hpcai_cli.engine import images
+    from hpcai_cli.engine.raw import images
 
     images.decode(content, IMAGE_SHAPE)
 
@@ -166,8 +166,8 @@ def _csv() -> list[bytes]:
 
 def _read_csv(task: str) -> Callable[[Path, bytes], None]:
     def read(folder: Path, content: bytes) -> None:
-        from hpcai_cli.engine.table_encoding import encode
-        from hpcai_cli.engine.tables import read_table
+        from hpcai_cli.engine.raw.table_encoding import encode
+        from hpcai_cli.engine.raw.tables import read_table
         from hpcai_cli.recipe import Recipe
 
         (folder / "table.csv").write_bytes(content)
@@ -184,7 +184,7 @@ def _cifar_binary() -> list[bytes]:
 
 
 def _read_cifar_binary(folder: Path, content: bytes) -> None:
-    from hpcai_cli.engine.cifar import read_cifar
+    from hpcai_cli.engine.raw.cifar import read_cifar
 
     for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
         (folder / f"{name}.bin").write_bytes(content)
@@ -201,7 +201,7 @@ def _cifar_pickles() -> list[bytes]:
 
 
 def _read_cifar_pickle(folder: Path, content: bytes) -> None:
-    from hpcai_cli.engine.cifar import read_cifar
+    from hpcai_cli.engine.raw.cifar import read_cifar
 
     for name in ("train", "test"):
         (folder / name).write_bytes(content)
@@ -230,7 +230,8 @@ def _datasets() -> list[bytes]:
 
 
 def _read_dataset(folder: Path, content: bytes) -> None:
-    from hpcai_cli.engine import inspection, store
+    from hpcai_cli.engine import store
+    from hpcai_cli.engine.raw import inspection
     from hpcai_cli.errors import HpcaiError
 
     (folder / "data.h5").write_bytes(content)

@@ -39,7 +39,7 @@ def room(name: str) -> str:
 
 
 def files(folder: str) -> list:
-    # An id without the folder in front would be the same for commands/doctor.py and engine/doctor.py.
+    # An id without the folder in front would be the same for commands/doctor.py and engine/environment/doctor.py.
     paths = (ROOT / folder).rglob("*.py") if folder.endswith("engine") else (ROOT / folder).glob("*.py")
     return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in sorted(paths)]
 

@@ -140,7 +140,7 @@ def _check_model(model: keras.Model, file: Path, recipe: Recipe) -> None:
 # ---- Other files ---------------------------------------------------------------------------------------------------
 
 def _tflite(file: Path, recipe: Recipe, trust: bool) -> Callable:
-    from hpcai_cli.engine import quantization
+    from hpcai_cli.engine.compression import quantization
 
     return quantization.runner(_content(file), threads=machine.cores(), trusted=trust)
 

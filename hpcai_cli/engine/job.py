@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
-from hpcai_cli.engine.preprocessing import Wishes, preprocess, reader_digest
+from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError
 from hpcai_cli.recipe import Recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcai_cli.engine.evaluation import answers, log_probabilities
-from hpcai_cli.engine.images import read_image
+from hpcai_cli.engine.raw.images import read_image
 from hpcai_cli.errors import DataError
 
 BATCH_SIZE = 32
@@ -51,7 +51,7 @@ def predict_rows(files: Iterable[str], *, run_forward: Callable, details: Mappin
     Args:
         details: how the training data's columns came about, as `table_encoding.encode` tells it.
     """
-    from hpcai_cli.engine.table_encoding import encode_rows
+    from hpcai_cli.engine.raw.table_encoding import encode_rows
 
     for name in files:
         try:

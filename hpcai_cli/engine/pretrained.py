@@ -7,8 +7,8 @@ import h5py
 import keras
 
 from hpcai_cli.cache import cache_folder
-from hpcai_cli.engine.downloads import download_archive, writing_below
 from hpcai_cli.engine.model_file import check_weights
+from hpcai_cli.engine.raw.downloads import download_archive, writing_below
 from hpcai_cli.errors import DataError
 
 

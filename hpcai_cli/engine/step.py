@@ -7,11 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hpcai_cli.engine.distillation import Teacher
+from hpcai_cli.engine.compression.distillation import Teacher
+from hpcai_cli.engine.compression.pruning import MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.model import moving_statistics
 from hpcai_cli.engine.pipeline import Block
-from hpcai_cli.engine.pruning import MagnitudePruning
 from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe

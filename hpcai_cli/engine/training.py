@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.engine import checkpoint, evaluation, history
-from hpcai_cli.engine.distillation import Teacher
+from hpcai_cli.engine.compression.distillation import Teacher
+from hpcai_cli.engine.compression.pruning import MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
 from hpcai_cli.engine.model import (
     adapt,
@@ -25,7 +26,6 @@ from hpcai_cli.engine.model import (
     spread_random_state,
 )
 from hpcai_cli.engine.pipeline import Block, Pipeline
-from hpcai_cli.engine.pruning import MagnitudePruning
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset, Split
 from hpcai_cli.engine.task import class_weights, task_of

@@ -1,6 +1,7 @@
 """hpcai benchmark as a user meets it: names, data and photographs, and the benchmarks themselves on very little."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hpcai_cli import catalog
+from hpcai_cli.commands.benchmark import NAMES
 from hpcai_cli.engine.benchmarks import measure, sample_photographs, tutorial
 from hpcai_cli.recipe import Recipe
 
@@ -38,6 +40,11 @@ def test_names_and_data_are_checked(hpcai):
     missing = hpcai("benchmark", "input")
     assert missing.exit_code == 3
     assert "hpcai preprocess" in missing.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_is_there(name):
+    assert callable(import_module(f"hpcai_cli.engine.benchmarks.{name}").measure)
 
 
 def test_photographs_that_are_not_there_are_said_before_the_start(hpcai):

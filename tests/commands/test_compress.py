@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hpcai_cli.commands import compress as command
+from hpcai_cli.engine.compression import plan
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +108,7 @@ def test_other_settings_do_not_replace_what_is_there_unasked(hpcai, run):
 
 def test_a_bound_that_no_form_holds_is_exit_code_5(hpcai, run, monkeypatch):
     """Pruned to almost nothing and hardly trained afterwards, no form is as good as it was."""
-    from hpcai_cli.engine import compression_plan
-
-    monkeypatch.setattr(compression_plan, "MILDER", (0.99,))
+    monkeypatch.setattr(plan, "MILDER", (0.99,))
     done = hpcai("compress", run, "--prune", "0.97", "--epochs", "1", "--learning-rate", "1e-6", "--max-drop", "0.01",
                  "--json")
     assert done.exit_code == 5, done.stderr
@@ -120,9 +119,7 @@ def test_a_bound_that_no_form_holds_is_exit_code_5(hpcai, run, monkeypatch):
 
 
 def test_a_milder_form_is_taken_where_the_asked_one_does_not_hold(hpcai, run, monkeypatch):
-    from hpcai_cli.engine import compression_plan
-
-    monkeypatch.setattr(compression_plan, "MILDER", (0.01,))
+    monkeypatch.setattr(plan, "MILDER", (0.01,))
     report = report_of(hpcai("compress", run, "--prune", "0.97", "--epochs", "1", "--learning-rate", "1e-6",
                              "--max-drop", "0.02", "--json"))
     assert Path(report["chosen"]).name == "prune_0.01"

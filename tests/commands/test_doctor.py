@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hpcai_cli.engine import doctor, horovod_build
-from hpcai_cli.engine.doctor import Finding
+from hpcai_cli.engine.environment import doctor, horovod_build
+from hpcai_cli.engine.environment.doctor import Finding
 from hpcai_cli.main import app
 
 HEALTHY = [Finding("TensorFlow", "ok", "2.21.0", required=True),

@@ -110,7 +110,8 @@ def test_what_was_not_a_table_has_no_rows(hpcai):
 # ---- Every kind of model -------------------------------------------------------------------------------------------
 
 def test_a_checkpoint_a_model_file_and_a_compressed_run_answer_like_the_run(hpcai, runs, tmp_path):
-    from hpcai_cli.engine import model_file, quantization
+    from hpcai_cli.engine import model_file
+    from hpcai_cli.engine.compression import quantization
 
     Image.fromarray(np.random.default_rng(3).integers(0, 256, (28, 28), dtype=np.uint8)).save("digit.png")
     run, compressed, copy = runs["digits"], tmp_path / "compressed", tmp_path / "copy.keras"

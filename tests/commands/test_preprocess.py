@@ -242,7 +242,7 @@ RECIPE = """'Cats and dogs.'
 from hpcai_cli.recipe import Recipe
 recipe = Recipe(name="pets", summary="", input_shape=(64, 64, 3), num_classes=2, class_names=("cat", "dog"))
 def load(source, recipe):
-    from hpcai_cli.engine.image_files import find_image_files
+    from hpcai_cli.engine.raw.image_files import find_image_files
     return find_image_files(source, shape=recipe.input_shape, class_names=recipe.class_names)
 def build_model(recipe):
     raise NotImplementedError

@@ -8,7 +8,8 @@ import zipfile
 import keras
 import pytest
 
-from hpcai_cli.engine import archives, model_file
+from hpcai_cli.engine import model_file
+from hpcai_cli.engine.raw import archives
 from hpcai_cli.errors import DataError
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hpcai_cli.engine import quantization, training
+from hpcai_cli.engine import training
+from hpcai_cli.engine.compression import quantization
 from hpcai_cli.engine.inference import open_model
 from hpcai_cli.errors import DataError, MissingError
 from hpcai_cli.recipe import Recipe

@@ -15,7 +15,8 @@ from keras import layers
 from PIL import Image
 
 from hpcai_cli import catalog
-from hpcai_cli.engine import downloads, pretrained
+from hpcai_cli.engine import pretrained
+from hpcai_cli.engine.raw import downloads
 from hpcai_cli.errors import DataError, MissingError
 
 NOBODY = "http://127.0.0.1:9/"

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 from hpcai_cli.engine import augmentation, checkpoint, pipeline, training
-from hpcai_cli.engine.pruning import MagnitudePruning
+from hpcai_cli.engine.compression.pruning import MagnitudePruning
 from hpcai_cli.engine.step import build_optimizer
 from hpcai_cli.errors import EXIT_STOPPED, DataError, StoppedEarly
 

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting
-from hpcai_cli.engine.store import FORMAT, VERSION, write_attributes
+from hpcai_cli.engine.store_writer import FORMAT, VERSION, write_attributes
 
 SIZES = (256 << 20, 3 << 30)
 """Bytes of the two files."""

@@ -14,13 +14,14 @@ import tensorflow as tf
 from tensorflow.keras.preprocessing.image import ImageDataGenerator
 
 from hpcai_cli import console
-from hpcai_cli.engine import hardware, preprocessing
+from hpcai_cli.engine import hardware
 from hpcai_cli.engine.benchmarks.measure import Figure, Setting, interleaved, median, rate, ratio
 from hpcai_cli.engine.benchmarks.sample_photographs import photograph_folder
 from hpcai_cli.engine.distributed import Serial
-from hpcai_cli.engine.image_files import find_image_files
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Block, Pipeline
+from hpcai_cli.engine.raw import preprocessing
+from hpcai_cli.engine.raw.image_files import find_image_files
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset
 from hpcai_cli.engine.training import Job, Position, run_blocks

@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 from PIL import Image, ImageOps
 
-from hpcai_cli.engine import images, preprocessing
 from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting, interleaved, median, rate, ratio
 from hpcai_cli.engine.benchmarks.sample_photographs import copy_photographs, photograph_folder
-from hpcai_cli.engine.image_files import find_image_files
+from hpcai_cli.engine.raw import images, preprocessing
+from hpcai_cli.engine.raw.image_files import find_image_files
 from hpcai_cli.recipe import Recipe
 
 COUNT = 8_000

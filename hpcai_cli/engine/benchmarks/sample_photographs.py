@@ -11,9 +11,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from hpcai_cli import console
 from hpcai_cli.engine.benchmarks.measure import Setting
-from hpcai_cli.engine.image_files import find_image_files
-from hpcai_cli.engine.preprocessing import preprocess
-from hpcai_cli.engine.sources import open_source
+from hpcai_cli.engine.raw.image_files import find_image_files
+from hpcai_cli.engine.raw.preprocessing import preprocess
+from hpcai_cli.engine.raw.sources import open_source
 from hpcai_cli.recipe import Recipe
 
 WIDTH, HEIGHT = 500, 375

@@ -12,7 +12,7 @@ from hpcai_cli import console
 from hpcai_cli.engine.benchmarks import peer_tutorial_photographs
 from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting, median, ratio, run_json
 from hpcai_cli.engine.benchmarks.sample_photographs import copy_photographs, usable_photographs
-from hpcai_cli.engine.splits import share_out
+from hpcai_cli.engine.raw.splits import share_out
 from hpcai_cli.recipe import Recipe
 
 ROUNDS = 2
