@@ -89,8 +89,8 @@ class Recipe:
     """How the learning rate grows with the number of processes (linear: arXiv 1706.02677)."""
     schedule: str = _choice("cosine", "cosine", "constant")
     """Course of the learning rate after the warm-up; cosine falls to zero (arXiv 1608.03983)."""
-    final_epochs: int = _number(0, least=0)
-    """Epochs at the end that train on what final_augment gives: more like what the model will be asked about."""
+    final_share: float = _number(0.0, least=0.0, most=1.0)
+    """Share of the epochs, the last ones, that train on what final_augment gives: more like what is asked later."""
     warmup_epochs: float = _number(0.0, least=0.0)
     """Epochs over which the learning rate rises linearly to its peak."""
     momentum: float = _number(0.9, least=0.0, most=1.0)

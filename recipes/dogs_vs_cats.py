@@ -26,7 +26,7 @@ recipe = Recipe(
     class_names=("cat", "dog"),
     test_fraction=0.2,
     epochs=200,
-    final_epochs=30,
+    final_share=0.15,
     batch_size=32,
     optimizer="adamw",
     learning_rate=1e-3,
@@ -37,7 +37,7 @@ recipe = Recipe(
     options={"architecture": "separable", "width": 32, "dropout": 0.5, "crop": 112, "zoom": 0.5, "rotation": 15.0,
              "color": 0.4, "erase": 0.3},
     presets={"architecture": {"separable": {}, "tutorial": {
-        "epochs": 30, "final_epochs": 0, "optimizer": "adam", "weight_decay": 0.0, "schedule": "constant",
+        "epochs": 30, "final_share": 0.0, "optimizer": "adam", "weight_decay": 0.0, "schedule": "constant",
         "warmup_epochs": 0.0, "label_smoothing": 0.0, "crop": 150, "zoom": 0.8, "color": 0.1, "erase": 0.0}}},
 )
 

@@ -128,6 +128,23 @@ def test_evaluate_gives_the_same_numbers_for_one_and_two_processes(folder):
 
 
 @needs_horovod
+def test_a_chain_of_compressions_in_two_processes(folder):
+    trained = run(HPCAI, "train", "./tiny.py", "--output", "run", "--epochs", "2")
+    assert trained.returncode == 0, trained.stderr
+    # Without --trust-model: the model has no classes of its own; the student is another form of the same recipe.
+    both = run(HPCAI, "compress", "run", "--distill", "dropout=0.1", "--prune", "0.5", "--quantize", "int8", "--aware",
+               "--epochs", "3", "--np", "2", "--json", timeout=280)
+    assert both.returncode == 0, both.stderr
+    report = json.loads(both.stdout)
+    assert Path(report["chosen"]).name == "distil_dropout=0.1-prune_0.5-aware-int8"
+    pruned = next(row for row in report["forms"] if row["name"].endswith("aware-float32"))
+    # Half of the weights, of those that can go, went on both ranks alike, and stayed away under quantization.
+    assert pruned["sparsity"] == pytest.approx(0.5, abs=0.02)
+    manifest = json.loads(Path("run/compressed/distil_dropout=0.1/result.json").read_text())
+    assert manifest["world_size"] == 2
+
+
+@needs_horovod
 @needs_mpirun
 def test_horovodrun_and_mpirun_from_outside_give_the_same_weights(folder):
     outside = run(HOROVODRUN, "-np", "2", "--gloo", "--disable-cache", HPCAI, "train", "./tiny.py", "--output", "h")

@@ -140,9 +140,9 @@ def _check_model(model: keras.Model, file: Path, recipe: Recipe) -> None:
 # ---- Other files ---------------------------------------------------------------------------------------------------
 
 def _tflite(file: Path, recipe: Recipe, trust: bool) -> Callable:
-    from hpcai_cli.engine.compression import quantization
+    from hpcai_cli.engine import tflite_file
 
-    return quantization.runner(_content(file), threads=machine.cores(), trusted=trust)
+    return tflite_file.runner(_content(file), threads=machine.cores(), trusted=trust)
 
 
 def _onnx(file: Path, recipe: Recipe, trust: bool) -> Callable:

@@ -34,7 +34,7 @@ class Request:
     augment: Callable | None
     """augment(inputs, seed, recipe) -> inputs, within the compiled step."""
     final_augment: Callable | None
-    """The same for the last epochs, as many as the recipe's final_epochs."""
+    """The same for the last epochs, by the recipe's final_share."""
     adapt: Callable | None
     """adapt(model, inputs, labels, recipe): fits what the model takes from the training split, before step one."""
     data_recipe: Recipe

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from hpcai_cli.engine.compression.distillation import Teacher
-from hpcai_cli.engine.compression.pruning import MagnitudePruning
+from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.model import moving_statistics
 from hpcai_cli.engine.pipeline import Block
@@ -20,7 +20,7 @@ from hpcai_cli.recipe import Recipe
 def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
                   ranks: Serial | Horovod, *, block: Block, augment: Callable | None = None,
                   weight_of_class: np.ndarray | None = None, teacher: Teacher | None = None,
-                  pruning: MagnitudePruning | None = None) -> Callable:
+                  pruning: MagnitudePruning | KeptZeros | None = None) -> Callable:
     """Return the compiled steps (inputs, labels, weights, seed, stop, count) -> sums, for blocks like `block`.
 
     inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken; seed, int32 (2,),

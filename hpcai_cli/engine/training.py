@@ -14,7 +14,7 @@ import tensorflow as tf
 from hpcai_cli import console
 from hpcai_cli.engine import checkpoint, evaluation, history
 from hpcai_cli.engine.compression.distillation import Teacher
-from hpcai_cli.engine.compression.pruning import MagnitudePruning
+from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
 from hpcai_cli.engine.model import (
     adapt,
@@ -49,12 +49,12 @@ class Job:
     stop: StopRequest = field(default_factory=StopRequest)
     tensorboard: bool = False
     final_augment: Callable | None = None
-    """Takes the place of `augment` in the recipe's final_epochs."""
+    """Takes the place of `augment` in the last epochs, by the recipe's final_share."""
     describe: Callable[[], None] = lambda: None
     """Writes recipe.json and manifest.json of a resumed run, once it is known that the checkpoint fits."""
     teacher: Teacher | None = None
     """Whose scores the model learns beside the labels."""
-    prune: Callable[[keras.Model, int], MagnitudePruning] | None = None
+    prune: Callable[[keras.Model, int], MagnitudePruning | KeptZeros] | None = None
     """Returns what sets weights of the model to zero, in a training of so many steps."""
     first_choice: int = 1
     """The first epoch that may be chosen as the best: weights that go to zero little by little are all gone then."""
@@ -140,7 +140,8 @@ def train(job: Job, *, resume: bool) -> dict:
                        weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
                        pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs))
     steps = compiled(augment=job.augment)
-    final_steps = compiled(augment=job.final_augment) if recipe.final_epochs and job.final_augment else steps
+    final_epoch = recipe.epochs - round(recipe.final_share * recipe.epochs)
+    final_steps = compiled(augment=job.final_augment) if recipe.final_share and job.final_augment else steps
     validate = _validator(job, model)
     board = history.Board(run.tensorboard if job.tensorboard and ranks.rank == 0 else None)
     _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
@@ -159,8 +160,7 @@ def train(job: Job, *, resume: bool) -> dict:
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             epoch_started, cursor_started = time.monotonic(), at.cursor
             blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step + 1 == first)
-            final = at.epoch >= recipe.epochs - recipe.final_epochs
-            stop_asked = run_blocks(job, at, final_steps if final else steps, blocks, after_block)
+            stop_asked = run_blocks(job, at, final_steps if at.epoch >= final_epoch else steps, blocks, after_block)
             _prove_finite(model, at)
             if stop_asked and at.cursor < len(split):
                 _save(job, at, model, optimizer, weights)

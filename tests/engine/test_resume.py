@@ -101,7 +101,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settin
 def test_stopped_around_the_final_epochs_or_while_weights_go(tiny, looks):
     """Two augmentations and a pruning that is half done: the step's number alone says what comes next."""
     def job(run: str, **more) -> training.Job:
-        made = tiny.job(run, augment=moved, final_epochs=2, **more)
+        made = tiny.job(run, augment=moved, final_share=0.5, **more)
         made.final_augment = noise
         made.prune = lambda model, steps: MagnitudePruning(model, sparsity=0.6, steps=steps)
         return made

@@ -112,7 +112,7 @@ def test_accumulation_and_augmentation_train_too(tiny):
 
 
 def test_the_final_epochs_train_on_other_examples(tiny):
-    job = tiny.job(augment=lambda images, seed: tf.zeros_like(images), epochs=4, final_epochs=2, learning_rate=0.05)
+    job = tiny.job(augment=lambda images, seed: tf.zeros_like(images), epochs=4, final_share=0.5, learning_rate=0.05)
     job.final_augment = lambda images, seed: tf.cast(images, tf.float32)
     training.train(job, resume=False)
     history = checkpoint.newest(job.run.checkpoints)[0].history

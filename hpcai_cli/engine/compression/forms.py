@@ -23,7 +23,7 @@ from hpcai_cli.engine import evaluation, model_file, training
 from hpcai_cli.engine.compression import quantization, quantization_training
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Form, Step, name_of
-from hpcai_cli.engine.compression.pruning import END, MagnitudePruning, prunable
+from hpcai_cli.engine.compression.pruning import END, KeptZeros, MagnitudePruning, prunable
 from hpcai_cli.engine.compression.structured_pruning import narrowed
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
 from hpcai_cli.engine.pipeline import epoch_order
@@ -109,7 +109,6 @@ class Compression:
             return self.recipe if parent is self.run else self._recipe_of(form[:-1], parent)
         changes = {"epochs": self.epochs or max(1, round(base.epochs * _EPOCHS.get(kind, 1.0))),
                    "learning_rate": self.learning_rate or base.learning_rate * _LEARNING_RATE.get(kind, 1.0)}
-        changes["final_epochs"] = round(base.final_epochs * changes["epochs"] / base.epochs)
         if kind != "distil":
             changes |= {"warmup_epochs": 0.0, "schedule": "cosine", "early_stopping_patience": 0}
         return dataclasses.replace(base, **changes)
@@ -164,6 +163,8 @@ class Compression:
                 model = quantization_training.with_fake_quantization(
                     quantization_training.folded(model), self._calibration())
                 options["finished"] = partial(_finish_aware, made)
+                if any(earlier.kind == "prune" for earlier in form):
+                    options["prune"] = lambda model, steps: KeptZeros(model)
 
             def build(recipe: Recipe) -> keras.Model:
                 return model

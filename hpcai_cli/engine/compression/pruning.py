@@ -106,6 +106,22 @@ class MagnitudePruning:
         return tf.where(sizes > threshold, weights, 0.0)
 
 
+class KeptZeros:
+    """Keeps at zero what a pruning before this training has set to zero; the same functions as MagnitudePruning."""
+
+    def __init__(self, model: keras.Model):
+        self._kernels = [variable for variable in model.trainable_variables if len(variable.shape) > 1]
+
+    def kept(self) -> list[tf.Tensor]:
+        """Return which weights are not zero, bool tensors, before an update."""
+        return [tf.not_equal(kernel.value, 0.0) for kernel in self._kernels]
+
+    def apply(self, kept: list[tf.Tensor], step: tf.Tensor) -> None:
+        """Set to zero again what an update has moved."""
+        for kernel, mask in zip(self._kernels, kept, strict=True):
+            kernel.assign(kernel.value * tf.cast(mask, kernel.dtype))
+
+
 def _kernel_sizes(model: keras.Model) -> list[int]:
     return [variable.shape.num_elements() for variable in model.trainable_variables if len(variable.shape) > 1]
 

@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 from tensorflow.lite.python import schema_py_generated as schema
 
+from hpcai_cli.engine import tflite_file
 from hpcai_cli.engine.compression import quantization
 from hpcai_cli.errors import DataError, UsageError
 
@@ -50,7 +51,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def run(content: bytes, inputs: np.ndarray) -> np.ndarray:
-    return quantization.runner(content, threads=1, trusted=True)(inputs)
+    return tflite_file.runner(content, threads=1, trusted=True)(inputs)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-4), ("float16", 0.05), ("dynamic", 1.0)])
@@ -84,10 +85,10 @@ def test_compression_makes_the_file_smaller(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, quantization.LARGEST_BATCH + 3, 1])
+@pytest.mark.parametrize("count", [1, 2, 7, tflite_file.LARGEST_BATCH + 3, 1])
 def test_any_batch_gives_each_example_its_answer(trained, int8, count):
     _, images, _, _ = trained
-    runner = quantization.runner(int8, threads=1, trusted=True)
+    runner = tflite_file.runner(int8, threads=1, trusted=True)
     one_by_one = np.concatenate([runner(images[row:row + 1]) for row in range(count)])
     np.testing.assert_allclose(runner(images[:count]), one_by_one, atol=1e-5)
 
@@ -164,7 +165,7 @@ def test_what_tflite_lacks_is_said_in_one_sentence(capfd):
 
 def test_inputs_of_another_kind_are_refused(trained, int8):
     _, images, _, _ = trained
-    runner = quantization.runner(int8, threads=1, trusted=True)
+    runner = tflite_file.runner(int8, threads=1, trusted=True)
     for wrong in (images[:2].astype(np.float32), images[:2, :4]):
         with pytest.raises(DataError, match=r"other inputs than these; expected uint8 \(n, 8, 8, 1\)"):
             runner(wrong)
@@ -206,7 +207,7 @@ def two_scales(model) -> None:
     (lambda model: model.subgraphs[0].operators.clear(), "cannot be run")])
 def test_a_model_that_does_not_hang_together_is_refused(int8, change, said):
     with pytest.raises(DataError, match=said) as raised:
-        quantization.runner(repacked(int8, change), threads=1)
+        tflite_file.runner(repacked(int8, change), threads=1)
     assert "\n" not in str(raised.value)
 
 
@@ -214,13 +215,13 @@ def test_a_model_that_does_not_hang_together_is_refused(int8, change, said):
                                      b"\x08\0\0\0TFL3" + bytes(200)])
 def test_what_is_no_tflite_file_is_refused(content):
     with pytest.raises(DataError, match="no TFLite model|cannot be run"):
-        quantization.runner(content, threads=1)
+        tflite_file.runner(content, threads=1)
 
 
 def test_a_truncated_file_is_refused(int8):
     for share in (0.1, 0.5, 0.9, 0.999):
         with pytest.raises(DataError, match="no TFLite model|cannot be run"):
-            quantization.runner(int8[:int(share * len(int8))], threads=1)
+            tflite_file.runner(int8[:int(share * len(int8))], threads=1)
 
 
 def test_a_file_that_crashes_the_interpreter_crashes_only_its_trial(int8, trained):
@@ -230,7 +231,7 @@ def test_a_file_that_crashes_the_interpreter_crashes_only_its_trial(int8, traine
                 operator.builtinOptions.strideW = operator.builtinOptions.strideH = 1000
 
     with pytest.raises(DataError, match="this TFLite model cannot be run"):
-        quantization.runner(repacked(int8, dilate), threads=1)
+        tflite_file.runner(repacked(int8, dilate), threads=1)
     _, images, _, _ = trained
     # What is whole passes the trial.
-    assert quantization.runner(int8, threads=1)(images[:4]).shape == (4, 10)
+    assert tflite_file.runner(int8, threads=1)(images[:4]).shape == (4, 10)
