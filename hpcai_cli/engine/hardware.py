@@ -45,7 +45,9 @@ def set_up(*, local_rank: int, local_size: int) -> int:
                            mend="start fewer ranks here, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1")
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        # One operation at a time: of two that share the threads, oneDNN splits the work otherwise, sums come out in
+        # another order, and a resumed training differs in its last bits. It was no slower on two cores.
+        tf.config.threading.set_inter_op_parallelism_threads(threads if gpus else 1)
         if gpus:
             tf.config.set_visible_devices(gpus[mine], "GPU")
             # Without memory growth TensorFlow takes the whole card, and a server beside the training finds none.
