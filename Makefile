@@ -24,11 +24,11 @@ lint: .venv/test  ## the linter, import rules included
 format: .venv/test  ## sort imports and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 
-bench: .venv/test horovod  ## measure the speed claims of the README, about half an hour
+bench: .venv/test horovod  ## measure the speed claims of the README
 	test -e data/mnist.h5 || $(BIN)/hpcai preprocess mnist
 	$(BIN)/hpcai benchmark
 
-fuzz: .venv/test  ## 10,000 mutated files of each format through its reader, about 15 minutes
+fuzz: .venv/test  ## 10,000 mutated files of each format through its reader
 	$(BIN)/python tests/fuzz.py
 
 wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it
