@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcai_cli.commands import compress as command
 from hpcai_cli.engine.compression import inference_cost, plan
 
 MEASURED = inference_cost.peak_memory
@@ -166,7 +165,3 @@ def test_wrong_words_end_in_one_sentence(hpcai, run, words, code, said):
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not Path("run/compressed").exists()
-
-
-def test_the_help_loads_no_framework():
-    assert "tensorflow" not in command.__dict__

@@ -16,7 +16,7 @@ HOROVOD = importlib.util.find_spec("horovod") is not None
 
 def examine(*, environ: dict[str, str] | None = None) -> dict[str, dict]:
     """Run the examination in a process of its own, so that a broken environment can be given to it."""
-    code = ("import dataclasses, json; from hpcai_cli.engine import doctor; "
+    code = ("import dataclasses, json; from hpcai_cli.engine.environment import doctor; "
             "print(json.dumps([dataclasses.asdict(finding) for finding in doctor.examine()]))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280,
                           env={**os.environ, **(environ or {})}, check=True)

@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="only Linux tells containers' process numbers apart")
 def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path, cache):
     archive = zip_of({"a": b"1"}, tmp_path / "data.zip")
-    code = ("import pathlib, sys, time\nfrom hpcai_cli.engine import sources\n"
+    code = ("import pathlib, sys, time\nfrom hpcai_cli.engine.raw import sources\n"
             "with sources.open_source(sys.argv[1], downloads=None, cache=pathlib.Path(sys.argv[2])):\n"
             "    print('open', flush=True)\n    time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code, archive, cache], stdout=subprocess.PIPE) as process:
