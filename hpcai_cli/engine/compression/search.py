@@ -33,11 +33,12 @@ def compress_run(run: Run, asked: Asked, *, data: Path | None, functions: Mappin
         DataError: the run has nothing to compress or no held-out data to judge by.
         StoppedEarly: a signal came; the same call goes on from there.
     """
-    ranks = distributed.start()
-    hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
-    manifest = run.manifest()
+    ranks, manifest = distributed.start(), run.manifest()
+    # Rank 0 looks first: what is wrong with the data is said once, and by no rank that others wait for.
+    distributed.on_rank_zero(ranks, lambda: check_fits(Dataset(data or Path(manifest["data"])), run.recipe()).name)
     dataset = Dataset(data or Path(manifest["data"]))
     recipe = check_fits(dataset, run.recipe())
+    hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     hardware.set_precision(recipe.precision)
     if dataset.fingerprint != manifest["data_fingerprint"]:
         console.note("the data are not those that the run was trained on")
