@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hpcai_cli import catalog, console, launch, options, rank_processes
-from hpcai_cli.errors import EXIT_STOPPED, GateError, HpcaiError, UsageError
+from hpcai_cli.errors import GateError, UsageError
 from hpcai_cli.recipe import Recipe, parse_assignments
 from hpcai_cli.run import Run
 from hpcai_cli.signals import StopRequest
@@ -59,15 +59,14 @@ def compress(
     launch.register()
     if np > 1:
         launch.require_horovod(np)
-        values = {"--data": data, "--distill": distil, "--prune": prune, "--pattern": pattern, "--quantize": quantize,
-                  "--max-drop": max_drop, "--target": target, "--epochs": epochs, "--learning-rate": learning_rate,
-                  "--temperature": temperature, "--alpha": alpha}
-        flags = {"--aware": aware, "--force": force, "--trust-model": trust_model, "--json": json}
-        _in_ranks(np, ["compress", str(run), *(part for name, value in values.items() if value is not None
-                                               for part in (name, str(value))),
-                       *(name for name, given in flags.items() if given)])
+        given = {"--data": data, "--distill": distil, "--prune": prune, "--pattern": pattern, "--quantize": quantize,
+                 "--aware": aware, "--max-drop": max_drop, "--target": target, "--epochs": epochs,
+                 "--learning-rate": learning_rate, "--temperature": temperature, "--alpha": alpha, "--force": force,
+                 "--trust-model": trust_model, "--json": json}
+        rank_processes.run_command(np, ["compress", str(run), *(word for option, value in given.items()
+                                                                for word in options.words(option, value))])
         return
-    entry = catalog.find(opened.manifest()["recipe_reference"])
+    entry = catalog.find(opened.recipe_reference())
     student, chosen = _student(distil, entry, opened.recipe())
     with console.quiet():
         from hpcai_cli.engine.compression.search import compress_run
@@ -100,15 +99,6 @@ def _student(asked: str | None, entry, recipe: Recipe) -> tuple[Recipe | None, c
         raise UsageError(f"recipe {asked} takes other examples than the run's",
                          expected=f"inputs {recipe.input_shape} and {recipe.num_classes} classes", received=asked)
     return other.recipe, other
-
-
-def _in_ranks(np: int, arguments: list[str]) -> None:
-    outcome = rank_processes.run_ranks(np, arguments)
-    if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        raise HpcaiError("the ranks ended without a word of their own", mend="run it again with --verbose",
-                         received=outcome.launcher_words)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
 
 
 def _print(report: dict) -> None:

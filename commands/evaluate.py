@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from hpcai_cli import catalog, console, launch, options, rank_processes
-from hpcai_cli.errors import HpcaiError
 from hpcai_cli.run import Run
 
 
@@ -54,11 +53,12 @@ def evaluate(
             Run.open(path)
     launch.register()
     if np > 1:
-        _evaluate_in_ranks(np, [str(model), "--split", split, *_words("--data", data), *_words("--compare", compare),
-                                *_words("--by", by), *_words("--robustness", robustness),
-                                *(word for text in require or [] for word in ("--require", text)),
-                                *_words("--like", like), *_words("--output", output),
-                                *_words("--trust-model", trust_model), *_words("--json", json)])
+        launch.require_horovod(np)
+        given = {"--split": split, "--data": data, "--compare": compare, "--by": by, "--robustness": robustness,
+                 "--like": like, "--output": output, "--trust-model": trust_model, "--json": json}
+        rank_processes.run_command(np, [
+            "evaluate", str(model), *(word for text in require or [] for word in ("--require", text)),
+            *(word for option, value in given.items() for word in options.words(option, value))])
         return
     with console.quiet():
         from hpcai_cli.engine.reports import judging
@@ -69,21 +69,6 @@ def evaluate(
     else:
         _print(document)
     conditions.check(required, judging.figures(document), split)
-
-
-def _words(option: str, value: object) -> list[str]:
-    """Return an option as words of a command line, none where it was not given."""
-    return [] if not value else [option] if value is True else [option, str(value)]
-
-
-def _evaluate_in_ranks(np: int, arguments: list[str]) -> None:
-    launch.require_horovod(np)
-    outcome = rank_processes.run_ranks(np, ["evaluate", *arguments])
-    if outcome.exit_code and not outcome.reported:
-        raise HpcaiError("the ranks ended without a word of their own", mend="run it again with --verbose",
-                         received=outcome.launcher_words)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
 
 
 def _print(document: dict) -> None:

@@ -29,3 +29,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
                                                "repeatable. `hpcai recipes show` lists them.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take settings from a recipe.json or a TOML "
                                            "file first.")]
+
+
+def words(option: str, value: object) -> list[str]:
+    """Return an option as words of a command line, none where it was not given."""
+    if value is None or value is False or value == "":
+        return []
+    return [option] if value is True else [option, str(value)]

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcai_cli.errors import EXIT_STOPPED
+import typer
+
+from hpcai_cli.errors import EXIT_STOPPED, HpcaiError
 from hpcai_cli.launch import REGISTER_VARIABLE, TERMINAL_VARIABLE, VERBOSE_VARIABLE, beside
 
 
@@ -30,6 +32,21 @@ class Outcome:
     """Whether a rank said on stderr what went wrong."""
     launcher_words: str = ""
     """What the launcher itself printed last."""
+
+
+def run_command(np: int, arguments: Sequence[str]) -> None:
+    """Run a command of hpcai in so many processes, and end as it does where that is not with 0.
+
+    Raises:
+        HpcaiError: the ranks have failed without a word.
+        typer.Exit: they have said why.
+    """
+    outcome = run_ranks(np, arguments)
+    if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
+        raise HpcaiError("the ranks ended without a word of their own", mend="run it again with --verbose",
+                         received=outcome.launcher_words)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
 
 
 def run_ranks(np: int, arguments: Sequence[str]) -> Outcome:

@@ -103,6 +103,18 @@ class Run:
             raise DataError(f"{self.manifest_file} names no recipe", expected="a recipe_reference", received=reference)
         return reference
 
+    def data_file(self) -> Path:
+        """Return the dataset file that the run was trained on.
+
+        Raises:
+            DataError: manifest.json doesn't say it.
+        """
+        data = self.manifest().get("data")
+        if not isinstance(data, str):
+            raise DataError(f"{self.manifest_file} names no data file", mend="name it with --data FILE.h5",
+                            received=data)
+        return Path(data)
+
     def decision_threshold(self) -> float | None:
         """Return the probability from which on the run answers the second of two classes; None for the likelier one."""
         threshold = read_json(self.result_file).get("decision_threshold") if self.result_file.is_file() else None

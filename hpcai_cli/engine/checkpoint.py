@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcai_cli.errors import DataError, HpcaiError
+from hpcai_cli.errors import DataError, HpcaiError, printable
 
 KEPT = 2
 """Newest checkpoints that stay, besides the best."""
@@ -124,9 +124,29 @@ def read(path: Path) -> State:
         values = json.loads((path / "state.json").read_text())
         # No pickles: an array file of numbers is all that a checkpoint may hold.
         with np.load(path / "arrays.npz", allow_pickle=False) as arrays:
+            # Arrays are read when they are asked for, and only then take memory.
+            _check_sizes(path / "arrays.npz")
             return State(**values, arrays={name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"checkpoint {path.name} does not verify: {error}") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, NotImplementedError, RuntimeError,
+            zipfile.BadZipFile) as error:
+        raise DataError(f"checkpoint {path.name} does not verify: {printable(str(error))}",
+                        expected="a checkpoint of `hpcai train`") from None
+
+
+def _check_sizes(file: Path) -> None:
+    """Refuse an array file whose parts would take more memory than the file is long."""
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size:
+                raise ValueError(f"{part.filename} is packed, which hpcai never does")
+            with archive.open(part) as stream:
+                version = np.lib.format.read_magic(stream)
+                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
+                    np.lib.format.read_array_header_2_0)
+                shape, _, dtype = read_header(stream)
+            if int(np.prod(shape, dtype=object)) * dtype.itemsize > size:
+                raise ValueError(f"{part.filename} says that it is larger than the file")
 
 
 def _folders(folder: Path) -> list[Path]:

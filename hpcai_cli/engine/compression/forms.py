@@ -34,8 +34,6 @@ from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, read_json, write_bytes, write_json
 from hpcai_cli.signals import StopRequest
 
-CALIBRATION_EXAMPLES = 300
-"""Training examples, chosen by the seed, by which the ranges of activations are found."""
 _GO_ON = "run the same command again to go on from there"
 _LEARNED_RANGES = "learned-ranges.tflite"
 _EPOCHS = {"prune": 1.0, "narrow": 0.5, "aware": 0.25}
@@ -83,10 +81,11 @@ class Compression:
         parent, step = self.make(form[:-1]), form[-1]
         made = Run(self.run.compressed / name_of(form))
         recipe = self._recipe_of(form, parent)
-        if on_rank_zero(self.ranks, lambda: self._is_there(made, self._key(step, parent, recipe))):
+        key = on_rank_zero(self.ranks, lambda: self._key(step, parent, recipe))
+        if on_rank_zero(self.ranks, lambda: self._is_there(made, key)):
             return made
         console.note(f"{made.folder}: {step.name}")
-        on_rank_zero(self.ranks, lambda: self._describe(made, parent, step, recipe))
+        on_rank_zero(self.ranks, lambda: self._describe(made, parent, step, recipe, key))
         if step.kind in CONVERSIONS:
             on_rank_zero(self.ranks, lambda: self._convert(step, parent, made))
         else:
@@ -134,9 +133,9 @@ class Compression:
         shutil.rmtree(made.folder)
         return False
 
-    def _describe(self, made: Run, parent: Run, step: Step, recipe: Recipe) -> None:
+    def _describe(self, made: Run, parent: Run, step: Step, recipe: Recipe, key: str) -> None:
         manifest = parent.manifest() | {
-            "compression_step": dataclasses.asdict(step), "compression_key": self._key(step, parent, recipe),
+            "compression_step": dataclasses.asdict(step), "compression_key": key,
             "compressed_from": os.path.relpath(parent.folder, made.folder),
             "data": os.path.abspath(self.dataset.path), "data_fingerprint": self.dataset.fingerprint}
         if step.kind == "distil":
@@ -192,8 +191,9 @@ class Compression:
         return Teacher(recipe, cached=np.load(file), **common)
 
     def _calibration(self) -> np.ndarray:
+        """Return training examples, chosen by the seed, by which the ranges of activations are found."""
         split = self.dataset.split("train")
-        rows = epoch_order(len(split), seed=self.recipe.seed, epoch=0)[:CALIBRATION_EXAMPLES]
+        rows = epoch_order(len(split), seed=self.recipe.seed, epoch=0)[:quantization.CALIBRATION_EXAMPLES]
         return split.inputs[np.sort(rows)]
 
     def _convert(self, step: Step, parent: Run, made: Run) -> None:

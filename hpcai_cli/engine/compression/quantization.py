@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hpcai_cli.engine.compression.plan import CONVERSIONS
 from hpcai_cli.engine.compression.quantization_training import (
     foldable,
     folded,
@@ -16,7 +17,6 @@ from hpcai_cli.engine.model import settle_statistics
 from hpcai_cli.engine.tflite_file import operators, silence
 from hpcai_cli.errors import DataError, UsageError
 
-KINDS = ("float32", "float16", "dynamic", "int8")
 CALIBRATION_EXAMPLES = 300
 """Examples that calibration looks at, at most: more change no range worth mentioning."""
 
@@ -44,7 +44,7 @@ def convert(model: keras.Model, input_shape: tuple[int, ...], *, kind: str, cali
         DataError: the calibration data do not fit the model.
         UsageError: the model has what TFLite lacks, or has no layer of a name in keep_float.
     """
-    assert kind in KINDS and (kind != "int8" or calibration is not None or is_fake_quantized(model)), kind
+    assert kind in CONVERSIONS and (kind != "int8" or calibration is not None or is_fake_quantized(model)), kind
     shape = tuple(input_shape)
     if calibration is not None and (calibration.shape[1:] != shape or not len(calibration)):
         raise DataError("the calibration data have another shape than the model's inputs",

@@ -14,9 +14,10 @@ from hpcai_cli.engine.compression.forms import Compression
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Asked, Form, Step, forms, name_of
 from hpcai_cli.engine.compression.table import open_form
 from hpcai_cli.engine.reports import bootstrap
-from hpcai_cli.engine.store import Dataset, check_fits
+from hpcai_cli.engine.store import Dataset, Split, check_fits
 from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import DataError
+from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
 
@@ -33,24 +34,32 @@ def compress_run(run: Run, asked: Asked, *, data: Path | None, functions: Mappin
         DataError: the run has nothing to compress or no held-out data to judge by.
         StoppedEarly: a signal came; the same call goes on from there.
     """
-    ranks, manifest = distributed.start(), run.manifest()
-    # Rank 0 looks first: what is wrong with the data is said once, and by no rank that others wait for.
-    distributed.on_rank_zero(ranks, lambda: check_fits(Dataset(data or Path(manifest["data"])), run.recipe()).name)
-    dataset = Dataset(data or Path(manifest["data"]))
-    recipe = check_fits(dataset, run.recipe())
+    ranks, held = distributed.start(), []
+    # Rank 0 looks first: what is wrong with run or data is said once, and by no rank that others wait for.
+    distributed.on_rank_zero(ranks, lambda: held.append(_opened(run, data)))
+    dataset, recipe = held[0] if held else _opened(run, data)
     hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     hardware.set_precision(recipe.precision)
-    if dataset.fingerprint != manifest["data_fingerprint"]:
+    if dataset.fingerprint != run.manifest().get("data_fingerprint"):
         console.note("the data are not those that the run was trained on")
     student = settings["student"] and dataclasses.replace(check_fits(dataset, settings["student"]),
                                                           precision=recipe.precision)
     bound = {name: function and partial(function, recipe=student if name.startswith("student") else recipe)
              for name, function in functions.items()}
     compression = Compression(run, recipe, dataset, ranks, stop=stop, **bound, **{**settings, "student": student})
-    search = _Search(compression, asked)
-    report = search.run()
+    report = _Search(compression, asked).run()
     ranks.stop()
     return report
+
+
+def _opened(run: Run, data: Path | None) -> tuple[Dataset, Recipe]:
+    """Return the data and the recipe with what it leaves to them."""
+    if run.tflite_file.is_file() and not run.model_file.is_file():
+        raise DataError(f"{run.folder} holds a TFLite model, which can be made no smaller",
+                        expected="a run with a model.keras", mend="give the run that it was made from",
+                        received=str(run.folder))
+    dataset = Dataset(data or run.data_file())
+    return dataset, check_fits(dataset, run.recipe())
 
 
 class _Search:
@@ -98,7 +107,7 @@ class _Search:
 
         def measured() -> dict:
             rows = table.rows({form: self._folder(form) for form in tried}, self.recipe, self._examples(),
-                                           trust=compression.trust)
+                              trust=compression.trust)
             for row, form in zip(rows, tried, strict=True):
                 row |= {**judged[form][split], "drop": self._drop(form, split), "splits": judged[form]}
             report = {"schema": "hpcai.compress/1", "command": "compress", "run": str(compression.run.folder),
@@ -137,13 +146,17 @@ class _Search:
                                                   columns=task_of(self.recipe).columns, on_batch=shown.update)
                 if not np.isfinite(scores).all():
                     raise DataError(f"{folder} answers something that is no number", expected="finite scores")
-                found[split_name] = {
-                    "metrics": evaluation.figures(self.recipe, scores, split.labels, Run(folder).decision_threshold()),
-                    "interval": bootstrap.intervals(bootstrap.weighted_figures(
-                        self.recipe, scores, split.labels, Run(folder).decision_threshold()), len(split))[
-                            self.measure]}
+                found[split_name] = self._figures(scores, split, Run(folder).decision_threshold())
             self._known[name] = found
         return self._known[name]
+
+    def _figures(self, scores: np.ndarray, split: Split, threshold: float | None) -> dict:
+        metrics = evaluation.figures(self.recipe, scores, split.labels, threshold)
+        if self.measure not in metrics:
+            raise DataError(f"{self.measure} has no value on these data", expected="labels that are not all the same",
+                            received=str(self.dataset.path))
+        statistic = bootstrap.weighted_figures(self.recipe, scores, split.labels, threshold)
+        return {"metrics": metrics, "interval": bootstrap.intervals(statistic, len(split))[self.measure]}
 
     def _folder(self, form: Form) -> Path:
         return self.compression.run.compressed / name_of(form) if form else self.compression.run.folder

@@ -1,11 +1,12 @@
 """What the forms of a compression gain and cost, measured side by side."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from hpcai_cli.engine import model_file
+from hpcai_cli.engine import machine, model_file
 from hpcai_cli.engine.compression import inference_cost
 from hpcai_cli.engine.compression.model_cost import Cost, cost_of
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Form, name_of
@@ -33,15 +34,18 @@ def rows(folders: Mapping[Form, Path], recipe: Recipe, examples: np.ndarray, *, 
     """
     opened = {name_of(form): open_form(form, folder, trust=trust) for form, folder in folders.items()}
     latency = inference_cost.latencies({name: each.forward for name, each in opened.items()}, examples)
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        peaks = list(pool.map(lambda form: inference_cost.peak_memory(
+            folders[form], trust=is_trusted(form, trust)), folders))
     found = []
-    for form, folder in folders.items():
+    for peak, (form, folder) in zip(peaks, folders.items(), strict=True):
         name, network = name_of(form), cost(folder, recipe, trust=trust)
         found.append({
             "name": name, "folder": str(folder), **inference_cost.file_sizes(opened[name].file),
             "parameters": network.parameters, "macs": network.macs, "sparsity": network.sparsity,
             "layers": {layer.name: layer.sparsity for layer in network.layers if layer.sparsity is not None},
             "left_alone": Run(folder).manifest().get("left_alone", []), "latency_ms": latency[name],
-            "peak_memory_mb": inference_cost.peak_memory(folder, trust=is_trusted(form, trust))})
+            "peak_memory_mb": peak})
     return found
 
 

@@ -93,7 +93,7 @@ def figures(document: dict) -> dict[str, float]:
 
 def _open(question: Question) -> _Opened:
     ours = _model(question, question.model)
-    dataset = Dataset(question.data or _data_of(ours))
+    dataset = Dataset(question.data or ours.run.data_file())
     recipe = _fitted(ours, dataset, question.model)
     split, theirs = dataset.split(question.split), None
     _check_names(question, recipe)
@@ -123,14 +123,6 @@ def _comparable(question: Question, dataset: Dataset, recipe: Recipe) -> inferen
 
 def _model(question: Question, path: Path) -> inference.Opened:
     return inference.open_model(path, like=question.like, trust=question.trust, find_recipe=question.find_recipe)
-
-
-def _data_of(opened: inference.Opened) -> Path:
-    data = opened.run.manifest().get("data")
-    if not isinstance(data, str):
-        raise DataError(f"{opened.run.manifest_file} names no data file", mend="name it with --data FILE.h5",
-                        received=data)
-    return Path(data)
 
 
 def _fitted(opened: inference.Opened, dataset: Dataset, model: Path) -> Recipe:

@@ -7,7 +7,7 @@ from keras import layers
 from tensorflow.lite.python import schema_py_generated as schema
 
 from hpcai_cli.engine import tflite_file
-from hpcai_cli.engine.compression import quantization
+from hpcai_cli.engine.compression import plan, quantization
 from hpcai_cli.errors import DataError, UsageError
 
 SHAPE = (8, 8, 1)
@@ -75,7 +75,7 @@ def test_int8_keeps_the_accuracy(trained, int8):
 def test_compression_makes_the_file_smaller(capfd):
     model = keras.Sequential([keras.Input(SHAPE), layers.Flatten(), layers.Dense(200), layers.Dense(10)])
     images = np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8)
-    size = {kind: len(quantization.convert(model, SHAPE, kind=kind, calibration=images)) for kind in quantization.KINDS}
+    size = {kind: len(quantization.convert(model, SHAPE, kind=kind, calibration=images)) for kind in plan.CONVERSIONS}
     weights = 4 * model.count_params()
     assert size["float32"] > weights
     assert size["float16"] < 0.6 * weights
