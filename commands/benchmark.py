@@ -9,7 +9,8 @@ import typer
 from hpcai_cli import catalog, console, options
 from hpcai_cli.errors import DataError, GateError, UsageError
 
-NAMES = ("start", "input", "train", "accuracy", "scaling", "memory", "preprocess", "photographs", "tutorial")
+NAMES = ("start", "input", "train", "accuracy", "scaling", "memory", "preprocess", "photographs", "tutorial",
+         "quantization")
 ON_MNIST = {"input", "train", "accuracy", "scaling"}
 """Those that measure with MNIST's dataset file."""
 PHOTOGRAPHS = Path("data/petimages.zip")

@@ -51,6 +51,10 @@ class UsageError(HpcaiError):
     exit_code = 2
 
 
+class UnsuitableError(UsageError):
+    """The model is not made so that what is asked can be done to it."""
+
+
 class DataError(HpcaiError):
     """A data or model file is missing, broken, foreign or unsafe."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcai_cli.engine.compression import inference_cost, plan
+from hpcai_cli.engine.compression import inference_cost, plan, search
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,27 @@ def test_an_impossible_target_is_exit_code_5(hpcai, run):
     done = hpcai("compress", run, "--quantize", "float16", "--prune", "0.5", "--epochs", "1", "--target", "size=10B")
     assert done.exit_code == 5
     assert "size" in done.stderr and "10 is asked for" in done.stderr
+
+
+def test_a_network_that_cannot_be_cut_that_far_is_exit_code_5_and_said_in_the_report(hpcai, run):
+    done = hpcai("compress", run, "--target", "macs=0.001%", "--json")
+    assert done.exit_code == 5, done.stderr
+    report = json.loads(done.stdout)
+    assert "cannot be made" in report["failed"] and "multiply-accumulates" in report["failed"]
+    assert [row["name"] for row in report["forms"]] == ["original"]
+    assert json.loads((run / "compressed" / "compression.json").read_text())["chosen"] is None
+
+
+def test_the_layers_that_int8_harms_most_stay_in_float_where_the_bound_asks_for_it(hpcai, run, monkeypatch):
+    monkeypatch.setattr(search, "forms", lambda asked: [(plan.Step("int8"),), (plan.Step("int8", 0.5, "float"),)])
+    monkeypatch.setattr(search._Search, "_why_not",
+                        lambda self, form: None if form[-1].amount else "loses something on the test split")
+    report = report_of(hpcai("compress", run, "--quantize", "int8", "--max-drop", "0.5", "--json"))
+    chosen, = [row for row in report["forms"] if row["folder"] == report["chosen"]]
+    whole, = [row for row in report["forms"] if row["name"] == "int8"]
+    assert chosen["name"] == "int8_0.5_float"
+    assert chosen["left_alone"] and not whole["left_alone"]
+    assert chosen["bytes"] > whole["bytes"]
 
 
 @pytest.mark.parametrize(("words", "code", "said"), [

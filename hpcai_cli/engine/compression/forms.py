@@ -20,7 +20,7 @@ import numpy as np
 
 from hpcai_cli import console
 from hpcai_cli.engine import evaluation, model_file, training
-from hpcai_cli.engine.compression import quantization, quantization_training
+from hpcai_cli.engine.compression import quantization, quantization_training, sensitivity
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Form, Step, name_of
 from hpcai_cli.engine.compression.pruning import END, KeptZeros, MagnitudePruning, prunable
@@ -201,8 +201,10 @@ class Compression:
         if step.kind == "int8" and trained.is_file():
             content = trained.read_bytes()
         else:
-            content = quantization.convert(model_file.load(parent.model_file, trust=self.trust),
-                                           self.recipe.input_shape, kind=step.kind, calibration=self._calibration())
+            model, calibration = model_file.load(parent.model_file, trust=self.trust), self._calibration()
+            keep_float = sensitivity.most_sensitive(model, calibration, step.amount) if step.amount else ()
+            content = quantization.convert(model, self.recipe.input_shape, kind=step.kind, calibration=calibration,
+                                           keep_float=keep_float)
         write_bytes(made.tflite_file, content)
         if step.kind == "int8":
             _note_left_alone(made, quantization.left_in_float(content))

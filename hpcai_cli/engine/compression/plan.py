@@ -12,6 +12,8 @@ CONVERSIONS = ("float32", *QUANTIZATIONS)
 PATTERNS = ("unstructured", "2:4", "filters")
 MILDER = (0.9, 0.8, 0.65, 0.5, 0.3)
 """Shares of the pruning that was asked for, which are tried where all of it costs too much."""
+KEPT_FLOAT = (0.1, 0.25, 0.5)
+"""Shares of the layers that int8 leaves in float, those first that it harms most, where all of it costs too much."""
 STRONGER = (0.25, 0.5, 0.65, 0.8, 0.9)
 """Shares of the multiply-accumulates that are removed, one after the other, until a target is met."""
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "us": 1e-3, "ms": 1.0, "s": 1e3, "%": 0.01, "": 1.0}
@@ -24,9 +26,10 @@ class Step:
     kind: str
     """distil, prune, narrow, aware, or one of CONVERSIONS."""
     amount: float = 0.0
-    """Of prune the sparsity, of narrow the share of multiply-accumulates that stays."""
+    """Of prune the sparsity, of narrow the share of multiply-accumulates that stays, of int8 the share of the layers
+    with weights that stays in float."""
     detail: str = ""
-    """Of distil the student, of prune the pattern."""
+    """Of distil the student, of prune the pattern; of int8 "float" where some layers stay so."""
 
     @property
     def name(self) -> str:
@@ -148,6 +151,9 @@ def _milder(asked: Asked) -> Iterator[Form]:
             yield replace(asked, prune=round(asked.prune * share, 3), aware=aware).form
     if asked.quantize:
         yield replace(asked, prune=None, aware=aware).form
+    if asked.quantize == "int8":
+        for share in KEPT_FLOAT:
+            yield (*replace(asked, prune=None, aware=False).form[:-1], Step("int8", share, "float"))
     for quantize in QUANTIZATIONS[::-1]:
         if asked.quantize and QUANTIZATIONS.index(quantize) < QUANTIZATIONS.index(asked.quantize):
             yield replace(asked, prune=None, aware=False, quantize=quantize).form

@@ -7,7 +7,7 @@ goes on exactly.
 import keras
 import tensorflow as tf
 
-from hpcai_cli.errors import UsageError
+from hpcai_cli.errors import UnsuitableError
 
 PATTERNS = ("unstructured", "2:4")
 EVERY = 20
@@ -53,13 +53,13 @@ class MagnitudePruning:
         steps: of the whole training.
 
     Raises:
-        UsageError: the model has nothing to prune, or not enough of it.
+        UnsuitableError: the model has nothing to prune, or not enough of it.
     """
 
     def __init__(self, model: keras.Model, *, sparsity: float, pattern: str = "unstructured", steps: int):
         chosen, left = prunable(model, pattern)
         if not chosen:
-            raise UsageError("the model has no layers that can be pruned this way",
+            raise UnsuitableError("the model has no layers that can be pruned this way",
                              expected="convolutions or dense layers with enough weights",
                              received=", ".join(left) or "no layers with weights")
         self._kernels, self._pattern = list(chosen.values()), pattern
@@ -68,7 +68,7 @@ class MagnitudePruning:
         # What is left alone makes the others sparser, so that the whole is as sparse as it was asked for.
         self.sparsity = sparsity * (reached + aside) / reached
         if pattern == "unstructured" and self.sparsity >= 1:
-            raise UsageError("the layers that can be pruned are too small a part of the model for this sparsity",
+            raise UnsuitableError("the layers that can be pruned are too small a part of the model for this sparsity",
                              expected=f"less than {reached / (reached + aside):.3f}", received=sparsity)
         self._first, self._last = int(BEGIN * steps), max(1, int(END * steps))
 

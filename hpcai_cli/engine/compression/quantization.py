@@ -15,7 +15,7 @@ from hpcai_cli.engine.compression.quantization_training import (
 )
 from hpcai_cli.engine.model import settle_statistics
 from hpcai_cli.engine.tflite_file import operators, silence
-from hpcai_cli.errors import DataError, UsageError
+from hpcai_cli.errors import DataError, UnsuitableError, UsageError
 
 CALIBRATION_EXAMPLES = 300
 """Examples that calibration looks at, at most: more change no range worth mentioning."""
@@ -59,7 +59,7 @@ def convert(model: keras.Model, input_shape: tuple[int, ...], *, kind: str, cali
             return _converted(model, shape, dtype, kind, calibration, keep_float)
         except Exception as error:
             first_line = str(error).strip().split("\n")[0]
-            raise UsageError(f"the model cannot be converted to {kind} TFLite", expected="layers that TFLite has",
+            raise UnsuitableError(f"the model cannot be converted to {kind} TFLite", expected="layers that TFLite has",
                              received=f"{type(error).__name__}: {first_line}") from error
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import layers
 
 from hpcai_cli.engine.model import settle_statistics
-from hpcai_cli.errors import UsageError
+from hpcai_cli.errors import UnsuitableError
 
 MOMENTUM = 0.99
 """Of the moving ranges of activations, per training step."""
@@ -38,7 +38,7 @@ class _Graph:
 
     def __init__(self, model: keras.Model):
         if not foldable(model):
-            raise UsageError("quantization-aware training cannot look into this model",
+            raise UnsuitableError("quantization-aware training cannot look into this model",
                              expected="a Sequential or Functional model", received=type(model).__name__)
         if isinstance(model, keras.Sequential):
             model = keras.Model(model.inputs, model.outputs, name=model.name)
@@ -91,7 +91,7 @@ def folded(model: keras.Model) -> keras.Model:
     layers of a model within the model become the model's own.
 
     Raises:
-        UsageError: the model is neither Sequential nor Functional.
+        UnsuitableError: the model is neither Sequential nor Functional.
     """
     graph, copies = _Graph(model), {}
     absorbed = {id(node.operation): following.operation for node in graph.nodes
@@ -304,6 +304,11 @@ def without_fake_quantization(model: keras.Model, *, keep_ranges: bool = False) 
         return (layer.layer if isinstance(layer, QuantizedWeights) else layer)(*args, **kwargs)
 
     return _Graph(model).rebuilt(call)
+
+
+def weighted_layers(model: keras.Model) -> list[str]:
+    """Return the names of the layers whose weights int8 rounds."""
+    return [layer.name for layer in model.layers if type(layer) in _WEIGHTED]
 
 
 def is_fake_quantized(model: keras.Model) -> bool:

@@ -16,7 +16,7 @@ from hpcai_cli.engine.compression.table import open_form
 from hpcai_cli.engine.reports import bootstrap
 from hpcai_cli.engine.store import Dataset, Split, check_fits
 from hpcai_cli.engine.task import task_of
-from hpcai_cli.errors import DataError
+from hpcai_cli.errors import DataError, UnsuitableError
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
@@ -76,6 +76,7 @@ class _Search:
                             expected="a validation or a test split",
                             mend="write them again with --test-fraction, or give others with --data",
                             received=str(self.dataset.path))
+        self.searches = asked.max_drop is not None or asked.target is not None
         self.notes: list[str] = []
         self._known: dict[str, dict] = {}
 
@@ -85,7 +86,14 @@ class _Search:
         self._judge(())
         chosen, reasons = None, []
         for form in forms(self.asked):
-            self.compression.make(form)
+            try:
+                self.compression.make(form)
+            except UnsuitableError as error:
+                if not self.searches:
+                    raise
+                reasons.append(f"{name_of(form)} cannot be made ({error})")
+                console.note(reasons[-1])
+                continue
             self.compression.raise_if_stopped()
             tried.append(form)
             reason = self._why_not(form)
@@ -94,14 +102,15 @@ class _Search:
                 break
             reasons.append(f"{name_of(form)} {reason}")
             console.note(reasons[-1])
-        if chosen is not None and len(tried) > 2:
+        if chosen is not None and reasons:
             self.notes.append(f"{'; '.join(reasons)}: {name_of(chosen)} is the first that holds")
         if chosen is not None:
             tried[1:1] = self._plain_conversions(chosen)
         return self._report(list(dict.fromkeys(tried)), chosen, reasons)
 
     def _report(self, tried: list[Form], chosen: Form | None, reasons: list[str]) -> dict:
-        """Measure all forms side by side on rank 0, and write what was found beside the chosen one."""
+        """Measure all forms side by side on rank 0, and write what was found into the chosen one's folder,
+        or beside them all where none holds."""
         judged = {form: self._judge(form) for form in tried}
         split, compression = self.splits[-1], self.compression
 
@@ -116,7 +125,7 @@ class _Search:
                       "measure": self.measure, "split": split, "max_drop": self.asked.max_drop, "forms": rows,
                       "notes": self.notes,
                       "failed": "" if chosen is not None else f"no form holds: {'; '.join(reasons)}"}
-            folder = self._folder(tried[-1] if chosen is None else chosen)
+            folder = compression.run.compressed if chosen is None else self._folder(chosen)
             write_json(folder / "compression.json", report)
             table.draw(report, folder / "compression.png")
             return report

@@ -16,7 +16,7 @@ from keras import layers
 from hpcai_cli.engine.compression import model_cost
 from hpcai_cli.engine.compression.channels import PRODUCING, Graph, joined
 from hpcai_cli.engine.model import settle_statistics
-from hpcai_cli.errors import DataError, UsageError, printable
+from hpcai_cli.errors import DataError, UnsuitableError, UsageError, printable
 
 LEAST_SHARE = 1 / 8
 """Of each layer's channels at least this share stays."""
@@ -100,11 +100,11 @@ def _choose(graph: Graph, keep_macs: float) -> np.ndarray:
         return kept
 
     if not len(order):
-        raise UsageError("the model has no filters or units that can be removed", expected="convolutions or dense "
+        raise UnsuitableError("the model has no filters or units that can be removed", expected="convolutions or dense "
                          "layers before the last one", received=", ".join(graph.left_alone()) or "none")
     least = _macs(graph, stays(len(order))) / total
     if least * total > target:
-        raise UsageError("the model cannot be cut to this share of its multiply-accumulates",
+        raise UnsuitableError("the model cannot be cut to this share of its multiply-accumulates",
                          expected=f"at least {np.ceil(least * 1000) / 1000:.3f}", received=keep_macs)
     kept = stays(bisect.bisect_left(range(len(order)), True,
                                     key=lambda count: _macs(graph, stays(count)) <= target))
@@ -191,7 +191,7 @@ def _rebuild(model: keras.Model, graph: Graph, kept: np.ndarray) -> keras.Model:
         smaller = rebuilt(model)
     except Exception as error:
         first_line = printable(str(error).strip().split("\n")[0])
-        raise UsageError(f"the model cannot be made again with fewer filters: {first_line}",
+        raise UnsuitableError(f"the model cannot be made again with fewer filters: {first_line}",
                          expected="layers that get_config and from_config make again") from error
     for member in graph.members.values():
         new = done[id(member.layer)]

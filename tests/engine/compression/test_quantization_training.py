@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from hpcai_cli.engine import model_file, tflite_file
+from hpcai_cli.engine.benchmarks.quantization import depthwise_network, make_sensitive
 from hpcai_cli.engine.compression import quantization
 from hpcai_cli.engine.compression import quantization_training as aware
 from hpcai_cli.engine.distributed import Serial
@@ -160,35 +161,9 @@ def test_the_float_model_can_be_saved_and_loaded_by_anyone(digits, tmp_path):
                                folded.predict(images, verbose=0), rtol=1e-5, atol=1e-5)
 
 
-def depthwise_network() -> keras.Model:
-    def block() -> list:
-        return [layers.DepthwiseConv2D(3, padding="same", use_bias=False), layers.BatchNormalization(momentum=0.9),
-                layers.ReLU(), layers.Conv2D(16, 1, use_bias=False), layers.BatchNormalization(momentum=0.9),
-                layers.ReLU()]
-
-    keras.utils.set_random_seed(0)
-    return keras.Sequential([keras.Input(SHAPE), layers.Rescaling(1 / 16), layers.Conv2D(16, 3, use_bias=False),
-                             layers.BatchNormalization(momentum=0.9), layers.ReLU(), *block(), *block(),
-                             layers.GlobalAveragePooling2D(), layers.Dense(10)])
-
-
-def make_sensitive(model: keras.Model, spread: float) -> None:
-    """Multiply the outputs of each convolution by factors from 1 to spread and divide the next one's weights by them:
-    with ReLU between the function stays the same, but one scale for all channels no longer fits."""
-    source = np.random.default_rng(0)
-    convolutions = [layer for layer in model.layers if isinstance(layer, (layers.Conv2D, layers.DepthwiseConv2D))]
-    for layer, following in zip(convolutions[:-1], convolutions[1:], strict=True):
-        kernel, bias = layer.get_weights()
-        factors = np.exp(source.uniform(0, np.log(spread), len(bias)))
-        column = factors.reshape(1, 1, -1, 1)
-        layer.set_weights([kernel * (column if isinstance(layer, layers.DepthwiseConv2D) else factors), bias * factors])
-        kernel, bias = following.get_weights()
-        following.set_weights([kernel / column, bias])
-
-
 def test_training_saves_a_depthwise_network_that_plain_int8_spoils(digits):
     images, unseen, labels, truth = digits
-    network = depthwise_network()
+    network = depthwise_network(seed=0)
     train(network, images, labels, epochs=12, learning_rate=0.01)
     model = aware.folded(network)
     expected = network.predict(unseen.astype(np.float32), verbose=0)
