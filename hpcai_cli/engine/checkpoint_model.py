@@ -26,7 +26,6 @@ def load(folder: Path, recipe: Recipe, build_model: Callable[[Recipe], keras.Mod
         keras.config.set_dtype_policy(before)
     found = {name: value.shape for name, value in state.arrays.items() if name.startswith("model-")}
     if found != {f"model-{number}": tuple(variable.shape) for number, variable in enumerate(model.variables)}:
-        # As of a form that compressing made of the model, layer by layer.
         raise DataError(f"checkpoint {folder} is of another model than recipe {recipe.name} builds",
                         expected=f"{len(model.variables)} variables of the same shapes",
                         mend="finish the run and give its folder instead", received=f"{len(found)} variables")

@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.engine import checkpoint_model, evaluation, machine, model_file
+from hpcai_cli.engine.compression import beginning
+from hpcai_cli.engine.compression.plan import Step
 from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import DataError, HpcaiError, printable
 from hpcai_cli.recipe import Recipe
@@ -116,6 +118,9 @@ def _run_of(path: Path, like: Path | None) -> Run:
 # ---- Keras and checkpoints -----------------------------------------------------------------------------------------
 
 def _build_function(run: Run, trust: bool, find_recipe: Callable | None) -> Callable[[Recipe], keras.Model]:
+    step = run.manifest().get("compression_step", {})
+    if isinstance(step, dict) and step.get("kind") in beginning.KINDS:
+        return lambda recipe: _begun(run, step, recipe, trust)
     reference = run.recipe_reference()
     if (reference.endswith(".py") or "/" in reference) and not trust:
         # The run folder may be a stranger's, and so the file that it names.
@@ -125,6 +130,17 @@ def _build_function(run: Run, trust: bool, find_recipe: Callable | None) -> Call
     if not found:
         raise DataError("a checkpoint holds no model, and its recipe builds none", received=reference)
     return found
+
+
+def _begun(run: Run, step: dict, recipe: Recipe, trust: bool) -> keras.Model:
+    """Return the model that a step of a compression trained, with the weights that it began with."""
+    try:
+        before = Run(run.folder / run.manifest()["compressed_from"]).model_file
+        step = Step(**step)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{run.manifest_file} does not say what the model was made from: {error}",
+                        expected="the manifest of `hpcai compress`") from None
+    return beginning.begun(step, model_file.load(before, trust=trust), np.zeros((0, *recipe.input_shape)))[0]
 
 
 def _check_model(model: keras.Model, file: Path, recipe: Recipe) -> None:

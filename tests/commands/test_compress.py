@@ -82,6 +82,9 @@ def test_filters_really_go(hpcai, run):
     assert narrow["macs"] <= 0.5 * original["macs"]
     assert narrow["parameters"] < original["parameters"]
     assert narrow["bytes"] < original["bytes"]
+    narrow = run / "compressed" / "narrow_0.5"
+    newest = report_of(hpcai("evaluate", sorted(narrow.glob("checkpoints/step-*"))[-1], "--json"))
+    assert newest["metrics"]["accuracy"] == pytest.approx(form(report, "narrow_0.5")["metrics"]["accuracy"], abs=0.1)
 
 
 def test_a_chain_of_all_steps_leaves_each_in_a_folder_of_its_own(hpcai, run):
@@ -94,6 +97,11 @@ def test_a_chain_of_all_steps_leaves_each_in_a_folder_of_its_own(hpcai, run):
     # What was pruned stays pruned through the training under quantization, and a narrower student has fewer weights.
     assert form(report, "distil_width=3-prune_0.5-aware-int8")["sparsity"] == pytest.approx(0.5, abs=0.02)
     assert form(report, "float32")["parameters"] > 1.5 * report["forms"][-1]["parameters"]
+    # A checkpoint has the shape of what the step trained, not that of the recipe's own model.
+    aware = run / "compressed" / "distil_width=3-prune_0.5-aware"
+    newest = report_of(hpcai("evaluate", sorted(aware.glob("checkpoints/step-*"))[-1], "--json"))
+    int8 = form(report, "distil_width=3-prune_0.5-aware-int8")["metrics"]["accuracy"]
+    assert newest["metrics"]["accuracy"] == pytest.approx(int8, abs=0.03)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("model.*")}
     again = report_of(hpcai(*words))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("model.*")} == before

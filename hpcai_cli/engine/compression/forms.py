@@ -21,10 +21,10 @@ import numpy as np
 from hpcai_cli import console
 from hpcai_cli.engine import evaluation, model_file, training
 from hpcai_cli.engine.compression import quantization, quantization_training, sensitivity
+from hpcai_cli.engine.compression.beginning import begun
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Form, Step, name_of
-from hpcai_cli.engine.compression.pruning import END, KeptZeros, MagnitudePruning, prunable
-from hpcai_cli.engine.compression.structured_pruning import narrowed
+from hpcai_cli.engine.compression.pruning import END, KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
 from hpcai_cli.engine.pipeline import epoch_order
 from hpcai_cli.engine.store import Dataset
@@ -148,19 +148,14 @@ class Compression:
         if step.kind == "distil":
             build, options["teacher"] = self.build_student, self._teacher(recipe, made)
         else:
-            model = model_file.load(parent.model_file, trust=self.trust)
-            if step.kind == "narrow":
-                model, found = narrowed(model, recipe.input_shape, keep_macs=step.amount)
-                on_rank_zero(self.ranks, lambda: _note_left_alone(made, found.left_alone))
-            elif step.kind == "prune":
-                on_rank_zero(self.ranks, lambda: _note_left_alone(made, prunable(model, step.detail)[1]))
+            model, left_alone = begun(step, model_file.load(parent.model_file, trust=self.trust), self._calibration())
+            on_rank_zero(self.ranks, lambda: _note_left_alone(made, left_alone))
+            if step.kind == "prune":
                 options["prune"] = lambda model, steps: MagnitudePruning(
                     model, sparsity=step.amount, pattern=step.detail, steps=steps)
                 # Before that the weights are not all gone, and an earlier epoch would be chosen for it.
                 options["first_choice"] = int(END * recipe.epochs) + 1
             elif step.kind == "aware":
-                model = quantization_training.with_fake_quantization(
-                    quantization_training.folded(model), self._calibration())
                 options["finished"] = partial(_finish_aware, made)
                 if any(earlier.kind == "prune" for earlier in form):
                     options["prune"] = lambda model, steps: KeptZeros(model)
@@ -171,9 +166,9 @@ class Compression:
                                   else (self.augment, self.final_augment))
         job = training.Job(recipe, made, self.dataset, self.ranks, build, augment, stop=self.stop,
                            final_augment=final_augment, **options)
-        begun = on_rank_zero(self.ranks, lambda: made.checkpoints.is_dir() and any(made.checkpoints.iterdir()))
+        resume = on_rank_zero(self.ranks, lambda: made.checkpoints.is_dir() and any(made.checkpoints.iterdir()))
         try:
-            training.train(job, resume=begun)
+            training.train(job, resume=resume)
         except StoppedEarly as error:
             raise StoppedEarly(str(error).partition(";")[0], mend=_GO_ON) from None
 
