@@ -29,8 +29,10 @@ def compress(
                                                "tried from the mildest on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of each training; a share of the recipe's by default.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of each training at its start, likewise.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the teacher's and the student's answers.")] = 4.0,
-    alpha: Annotated[float, typer.Option(help="The teacher's share in the student's loss.")] = 0.7,
+    temperature: Annotated[float, typer.Option(help="By which the original's answers are softened, from which each "
+                                               "training learns.")] = 4.0,
+    alpha: Annotated[float, typer.Option(help="The original's share in the loss of each training; 0 for the labels "
+                                         "alone.")] = 0.7,
     np: options.Processes = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace what was made with other settings.")] = False,
     trust_model: options.TrustModel = False,
@@ -39,8 +41,9 @@ def compress(
 ) -> None:
     """Make a trained model smaller and faster, measure it before and after, and hold a bound on the accuracy.
 
-    The steps come in the order that works: distil, prune, train under quantization, convert. Each leaves a run folder
-    below RUN/compressed, which evaluate and predict take like any run; what is there is not made again.
+    The steps come in the order that works: distil, prune, train under quantization, convert. Each leaves a run
+    folder below RUN/compressed, which evaluate and predict take like any run; what is there is not made again. In each
+    training the model learns from the original run beside the labels.
 
     Examples:
         $ hpcai compress runs/mnist-1 --quantize int8 --max-drop 0.003

@@ -289,6 +289,55 @@ def _read_model_part(part: str) -> Callable[[Path, bytes], None]:
     return read
 
 
+def _tflite() -> list[bytes]:
+    import keras
+    import numpy as np
+
+    from hpcai_cli.engine.compression import quantization
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(2, 3), keras.layers.Flatten(),
+                              keras.layers.Dense(3)])
+    return [quantization.convert(model, (4, 4, 1), kind=kind, calibration=np.zeros((2, 4, 4, 1), np.uint8))
+            for kind in ("float32", "int8")]
+
+
+def _read_tflite(folder: Path, content: bytes) -> None:
+    from hpcai_cli.engine import tflite_file
+
+    # What passes is tried in a process of its own, which may crash: that takes seconds, and is not for this.
+    tflite_file.check(content)
+
+
+def _onnx() -> list[bytes]:
+    import numpy as np
+    import onnx
+
+    weights = [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name)
+               for name, shape in (("kernel", (2, 1, 3, 3)), ("matrix", (8, 3)))]
+    nodes = [onnx.helper.make_node("Conv", ["inputs", "kernel"], ["maps"]),
+             onnx.helper.make_node("Relu", ["maps"], ["positive"]),
+             onnx.helper.make_node("Flatten", ["positive"], ["flat"]),
+             onnx.helper.make_node("MatMul", ["flat", "matrix"], ["scores"])]
+    number = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes, "tiny", [onnx.helper.make_tensor_value_info("inputs", number, ["n", 1, 4, 4])],
+        [onnx.helper.make_tensor_value_info("scores", number, ["n", 3])], weights)
+    return [onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)],
+                                   ir_version=8).SerializeToString()]
+
+
+def _read_onnx(folder: Path, content: bytes) -> None:
+    import numpy as np
+
+    from hpcai_cli.engine import onnx_file
+
+    run, shape, dtype = onnx_file.runner(content, threads=1)
+    # What it raises is told by those who ask it; it must not end the process.
+    with contextlib.suppress(Exception):
+        run(np.ones([size or 2 for size in shape], dtype))
+
+
 _MODEL_PARTS = ("metadata.json", "config.json", "model.weights.h5")
 _VALUES = {"name": "tiny", "epochs": 3, "learning_rate": 0.01, "precision": "float32", "input_shape": [28, 28, 1],
            "class_names": ["a", "b"], "num_classes": 2, "options": {"width": 16, "dropout": 0.5, "fast": True}}
@@ -341,4 +390,6 @@ FORMATS = {
     "model": Format(_models, _read_model),
     "model-config": Format(_model_parts("config.json"), _read_model_part("config.json"), is_text=True),
     "model-weights": Format(_model_parts("model.weights.h5"), _read_model_part("model.weights.h5")),
+    "tflite": Format(_tflite, _read_tflite),
+    "onnx": Format(_onnx, _read_onnx),
 }

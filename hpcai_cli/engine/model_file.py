@@ -79,7 +79,8 @@ def check(path: Path, *, trust: bool = False) -> None:
     """
     if not path.is_file():
         raise DataError("the model file does not exist", expected="a model.keras, which a finished training writes",
-                        mend=f"finish the training with `hpcai train --resume {path.parent}`", received=str(path))
+                        mend="finish it with the same `hpcai compress`" if path.parent.parent.name == "compressed"
+                        else f"finish the training with `hpcai train --resume {path.parent}`", received=str(path))
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from the scores of a trained teacher beside the labels.
+"""Distillation: a student, or what was pruned or rounded, learns from a trained teacher beside the labels.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
 """

@@ -114,7 +114,7 @@ class Compression:
 
     def _key(self, step: Step, parent: Run, recipe: Recipe) -> str:
         """Return what tells the result of a step from that of the same step with other settings."""
-        teacher = [self.temperature, self.alpha] if step.kind == "distil" else []
+        teacher = [] if step.kind in CONVERSIONS else [self.temperature, self.alpha]
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(step), recipe.to_json(), self.dataset.fingerprint,
                                             teacher], sort_keys=True, default=str).encode())
         for file in (parent.model_file, self.run.model_file):
@@ -144,10 +144,13 @@ class Compression:
         write_json(made.manifest_file, manifest)
 
     def _train(self, form: Form, parent: Run, made: Run, recipe: Recipe) -> None:
-        step, options = form[-1], {}
-        if step.kind == "distil":
-            build, options["teacher"] = self.build_student, self._teacher(recipe, made)
-        else:
+        step, options, build = form[-1], {}, self.build_student
+        augment, final_augment = ((self.student_augment, self.student_final_augment) if form[0].kind == "distil"
+                                  else (self.augment, self.final_augment))
+        if self.alpha:
+            # What was pruned or rounded learns again from the one who knows, and not from the labels alone.
+            options["teacher"] = self._teacher(recipe, changing=augment is not None or recipe.mixup > 0)
+        if step.kind != "distil":
             model, left_alone = begun(step, model_file.load(parent.model_file, trust=self.trust), self._calibration())
             on_rank_zero(self.ranks, lambda: _note_left_alone(made, left_alone))
             if step.kind == "prune":
@@ -162,8 +165,6 @@ class Compression:
 
             def build(recipe: Recipe) -> keras.Model:
                 return model
-        augment, final_augment = ((self.student_augment, self.student_final_augment) if form[0].kind == "distil"
-                                  else (self.augment, self.final_augment))
         job = training.Job(recipe, made, self.dataset, self.ranks, build, augment, stop=self.stop,
                            final_augment=final_augment, **options)
         resume = on_rank_zero(self.ranks, lambda: made.checkpoints.is_dir() and any(made.checkpoints.iterdir()))
@@ -172,13 +173,14 @@ class Compression:
         except StoppedEarly as error:
             raise StoppedEarly(str(error).partition(";")[0], mend=_GO_ON) from None
 
-    def _teacher(self, recipe: Recipe, made: Run) -> Teacher:
+    def _teacher(self, recipe: Recipe, *, changing: bool) -> Teacher:
+        """Return the run as a teacher; its answers are kept in a file where no example changes from epoch to epoch."""
         model, task = model_file.load(self.run.model_file, trust=self.trust), task_of(self.recipe)
         common = {"temperature": self.temperature, "alpha": self.alpha}
-        if self.student_augment is not None or recipe.mixup:
+        if changing:
             return Teacher(recipe, scores=lambda inputs: task.scores(model(inputs, training=False)), **common)
-        # The folder is made for this teacher and these data.
-        file = made.folder / "teacher.npy"
+        known = hashlib.sha256(self.run.model_file.read_bytes() + self.dataset.fingerprint.encode()).hexdigest()
+        file = self.run.compressed / f"teacher-{known[:16]}.npy"
         if not on_rank_zero(self.ranks, file.is_file):
             scores = evaluation.scores_of(evaluation.forward(model, self.recipe), self.dataset.split("train"),
                                           self.ranks, columns=task.columns)
