@@ -142,7 +142,32 @@ def test_a_bound_that_no_form_holds_is_exit_code_5(hpcai, run, monkeypatch):
     report = json.loads(done.stdout)
     assert report["chosen"] is None
     assert "loses" in report["failed"]
-    assert len(report["forms"]) == 3
+    assert len(report["forms"]) == 4
+
+
+def test_a_network_that_tflite_lacks_something_for_is_pruned_all_the_same(hpcai, run):
+    Path("lanczos.py").write_text('''"""Digits made smaller."""
+
+from hpcai_cli.recipe import Recipe
+
+recipe = Recipe(name="lanczos", summary="digits made smaller", input_shape=(28, 28, 1), num_classes=10, dataset="mnist",
+                epochs=2)
+
+
+def build_model(recipe):
+    import keras
+    from keras import layers
+
+    return keras.Sequential([keras.Input(recipe.input_shape), layers.Resizing(9, 9, interpolation="lanczos3"),
+                             layers.Flatten(), layers.Dense(32, activation="relu"), layers.Dense(10)])
+''')
+    data = json.loads((run / "manifest.json").read_text())["data"]
+    done = hpcai("train", "./lanczos.py", "--data", data, "--output", "lanczos")
+    assert done.exit_code == 0, done.stderr
+    pruned = hpcai("compress", "lanczos", "--prune", "0.5", "--json")
+    assert [row["name"] for row in report_of(pruned)["forms"]] == ["original", "prune_0.5"]
+    assert "cannot be converted to float32 TFLite" in pruned.stderr
+    assert hpcai("compress", "lanczos", "--quantize", "int8").exit_code == 2
 
 
 def test_a_milder_form_is_taken_where_the_asked_one_does_not_hold(hpcai, run, monkeypatch):
@@ -175,7 +200,7 @@ def test_a_network_that_cannot_be_cut_that_far_is_exit_code_5_and_said_in_the_re
     assert done.exit_code == 5, done.stderr
     report = json.loads(done.stdout)
     assert "cannot be made" in report["failed"] and "multiply-accumulates" in report["failed"]
-    assert [row["name"] for row in report["forms"]] == ["original"]
+    assert [row["name"] for row in report["forms"]] == ["original", "float32"]
     assert json.loads((run / "compressed" / "compression.json").read_text())["chosen"] is None
 
 

@@ -82,7 +82,8 @@ class _Search:
 
     def run(self) -> dict:
         """Try the forms in their order and return the report."""
-        tried: list[Form] = [()]
+        # First, since a folder that is in the way would else be told of after hours of training.
+        tried: list[Form] = [(), *self._as_float(())]
         self._judge(())
         chosen, reasons = None, []
         for form in forms(self.asked):
@@ -105,7 +106,7 @@ class _Search:
         if chosen is not None and reasons:
             self.notes.append(f"{'; '.join(reasons)}: {name_of(chosen)} is the first that holds")
         if chosen is not None:
-            tried[1:1] = self._plain_conversions(chosen)
+            tried += self._as_float(chosen[:-1] if chosen[-1].kind in CONVERSIONS else chosen)
         return self._report(list(dict.fromkeys(tried)), chosen, reasons)
 
     def _report(self, tried: list[Form], chosen: Form | None, reasons: list[str]) -> dict:
@@ -132,14 +133,16 @@ class _Search:
 
         return distributed.on_rank_zero(self.ranks, measured)
 
-    def _plain_conversions(self, chosen: Form) -> list[Form]:
-        """Return original and chosen network as float32 TFLite models: what a conversion alone gains is not the
-        pruning's or the quantization's."""
-        network = chosen[:-1] if chosen[-1].kind in CONVERSIONS else chosen
-        found = [(Step("float32"),), (*network, Step("float32"))]
-        for form in found:
+    def _as_float(self, network: Form) -> list[Form]:
+        """Return a network as a float32 TFLite model, where it can become one: what a conversion alone gains is not
+        the pruning's or the quantization's."""
+        form = (*network, Step("float32"))
+        try:
             self.compression.make(form)
-        return found
+        except UnsuitableError as error:
+            console.note(str(error))
+            return []
+        return [form]
 
     def _judge(self, form: Form) -> dict:
         """Return the figures of a form by split, computed once."""
