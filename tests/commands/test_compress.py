@@ -108,6 +108,15 @@ def test_a_chain_of_all_steps_leaves_each_in_a_folder_of_its_own(hpcai, run):
     assert again["metrics"] == report["metrics"]
 
 
+def test_a_student_of_the_same_shapes_begins_with_the_teachers_weights(hpcai, run):
+    report = report_of(hpcai("compress", run, "--distill", "dropout=0.1", "--epochs", "1", "--learning-rate", "1e-9",
+                             "--json"))
+    assert form(report, "distil_dropout=0.1")["drop"] == pytest.approx(0, abs=0.005)
+    narrower = report_of(hpcai("compress", run, "--distill", "width=3", "--epochs", "1", "--learning-rate", "1e-9",
+                               "--json"))
+    assert form(narrower, "distil_width=3")["drop"] > 0.3
+
+
 def test_other_settings_do_not_replace_what_is_there_unasked(hpcai, run):
     report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "1", "--json"))
     refused = hpcai("compress", run, "--prune", "0.5", "--epochs", "2")

@@ -26,6 +26,7 @@ from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Form, Step, name_of
 from hpcai_cli.engine.compression.pruning import END, KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
+from hpcai_cli.engine.model import settle_statistics
 from hpcai_cli.engine.pipeline import epoch_order
 from hpcai_cli.engine.store import Dataset
 from hpcai_cli.engine.task import task_of
@@ -144,7 +145,7 @@ class Compression:
         write_json(made.manifest_file, manifest)
 
     def _train(self, form: Form, parent: Run, made: Run, recipe: Recipe) -> None:
-        step, options, build = form[-1], {}, self.build_student
+        step, options, build = form[-1], {}, self._student
         augment, final_augment = ((self.student_augment, self.student_final_augment) if form[0].kind == "distil"
                                   else (self.augment, self.final_augment))
         if self.alpha:
@@ -172,6 +173,15 @@ class Compression:
             training.train(job, resume=resume)
         except StoppedEarly as error:
             raise StoppedEarly(str(error).partition(";")[0], mend=_GO_ON) from None
+
+    def _student(self, recipe: Recipe) -> keras.Model:
+        """Return the student, with the teacher's weights where it has the same, as when it only looks less closely."""
+        student, teacher = self.build_student(recipe), model_file.load(self.run.model_file, trust=self.trust)
+        if [weight.shape for weight in student.weights] == [weight.shape for weight in teacher.weights]:
+            console.note("the student begins with the teacher's weights, which have the same shapes")
+            student.set_weights(teacher.get_weights())
+            settle_statistics(student)
+        return student
 
     def _teacher(self, recipe: Recipe, *, changing: bool) -> Teacher:
         """Return the run as a teacher; its answers are kept in a file where no example changes from epoch to epoch."""
