@@ -79,7 +79,7 @@ def compress(
             student_reference=chosen.reference, temperature=temperature, alpha=alpha, epochs=epochs,
             learning_rate=learning_rate, force=force, trust=trust_model, stop=stop,
             functions={f"{whose}{name}": of.function(name) for whose, of in (("", entry), ("student_", chosen))
-                       for name in ("augment", "final_augment")})
+                       for name in ("augment", "final_augment")} | {"student_adapt": chosen.function("adapt")})
     if json:
         console.result_json(report)
     else:

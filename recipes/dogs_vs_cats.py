@@ -97,5 +97,6 @@ def build_model(recipe: Recipe):
     # Without a fixed size: it is trained on smaller cuts than it is asked about, which costs less and serves better
     # (arXiv 1906.06423).
     inputs = keras.Input((None, None, recipe.input_shape[-1]))
-    features = networks.separable(inputs, width=recipe.options["width"], strides=recipe.options["strides"])
+    # Runs from before it was an option have none.
+    features = networks.separable(inputs, width=recipe.options["width"], strides=recipe.options.get("strides", 2))
     return keras.Model(inputs, answer(layers.Dropout(dropout)(features)))

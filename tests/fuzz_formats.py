@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -246,6 +247,29 @@ def _read_dataset(folder: Path, content: bytes) -> None:
     inspection.inspect(folder / "data.h5")
 
 
+def _checkpoints() -> list[bytes]:
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez(content, **{"model-0": np.ones((3, 4), np.float32), "model-1": np.arange(4), "optimizer-0": np.int64(7)})
+    return [content.getvalue()]
+
+
+def _read_checkpoint(folder: Path, content: bytes) -> None:
+    from hpcai_cli.engine import checkpoint
+
+    step = folder / "step-00000001"
+    step.mkdir(exist_ok=True)
+    values = {"step": 1, "epoch": 0, "cursor": 0, "sums": [], "history": [], "best": {}, "fingerprint": "f"}
+    parts = {"arrays.npz": content, "state.json": json.dumps(values).encode()}
+    for name, part in parts.items():
+        (step / name).write_bytes(part)
+    # Whoever damages a file on purpose writes its hash too.
+    (step / "manifest.json").write_text(json.dumps({"sha256": {
+        name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}}))
+    checkpoint.read(step)
+
+
 def _models() -> list[bytes]:
     import tempfile
 
@@ -387,6 +411,7 @@ FORMATS = {
     "dataset": Format(_datasets, _read_dataset),
     "recipe-json": Format(_json, _read_recipe("recipe.json"), is_text=True),
     "recipe-toml": Format(_toml, _read_recipe("recipe.toml"), is_text=True),
+    "checkpoint": Format(_checkpoints, _read_checkpoint),
     "model": Format(_models, _read_model),
     "model-config": Format(_model_parts("config.json"), _read_model_part("config.json"), is_text=True),
     "model-weights": Format(_model_parts("model.weights.h5"), _read_model_part("model.weights.h5")),

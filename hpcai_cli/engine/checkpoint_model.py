@@ -1,4 +1,4 @@
-"""Opens checkpoints as models: the recipe's own model with the weights of one step."""
+"""Opens checkpoints as models: what was trained, with the weights of one step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from hpcai_cli.recipe import Recipe
 
 
 def load(folder: Path, recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras.Model:
-    """Build the recipe's model and give it a checkpoint's weights.
+    """Build the model that was trained and give it a checkpoint's weights.
 
     Raises:
         DataError: the checkpoint does not verify, or is of another model.

@@ -19,6 +19,8 @@ def build(recipe: Recipe, build_model: Callable[[Recipe], keras.Model]) -> keras
     keras.utils.set_random_seed(recipe.seed)
     try:
         model = build_model(recipe)
+    except HpcaiError:
+        raise
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise UsageError(f"recipe {recipe.name}: build_model fails", expected="a Keras model",

@@ -78,8 +78,9 @@ def check(path: Path, *, trust: bool = False) -> None:
         DataError: what is wrong.
     """
     if not path.is_file():
+        is_form = path.absolute().parent.parent.name == "compressed"
         raise DataError("the model file does not exist", expected="a model.keras, which a finished training writes",
-                        mend="finish it with the same `hpcai compress`" if path.parent.parent.name == "compressed"
+                        mend="finish it with the same `hpcai compress`" if is_form
                         else f"finish the training with `hpcai train --resume {path.parent}`", received=str(path))
     try:
         with zipfile.ZipFile(path) as archive:

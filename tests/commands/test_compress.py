@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpcai_cli.engine import model_file
 from hpcai_cli.engine.compression import inference_cost, plan, search
 
 
@@ -115,6 +116,31 @@ def test_a_student_of_the_same_shapes_begins_with_the_teachers_weights(hpcai, ru
     narrower = report_of(hpcai("compress", run, "--distill", "width=3", "--epochs", "1", "--learning-rate", "1e-9",
                                "--json"))
     assert form(narrower, "distil_width=3")["drop"] > 0.3
+
+
+def test_a_student_of_a_table_is_fitted_to_the_data_as_its_teacher_was(hpcai):
+    for words in (["preprocess", "shoppers", "--source", "sample", "--output", "visits.h5"],
+                  ["train", "shoppers", "--data", "visits.h5", "--epochs", "2", "--output", "visits"],
+                  ["compress", "visits", "--distill", "units=16", "--epochs", "2"]):
+        done = hpcai(*words)
+        assert done.exit_code == 0, done.stderr
+    teacher, student = (model_file.load(Path(folder, "model.keras")) for folder in (
+        "visits", "visits/compressed/distil_units=16"))
+    assert student.count_params() < teacher.count_params()
+    np.testing.assert_allclose(student.get_layer("bins").mean, teacher.get_layer("bins").mean, rtol=1e-5)
+
+
+def test_a_form_that_was_killed_before_its_first_checkpoint_is_made_all_the_same(hpcai, run):
+    report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "1", "--json"))
+    made = run / "compressed" / "prune_0.5"
+    for name in ("result.json", "model.keras"):
+        (made / name).unlink()
+    checkpoints = list((made / "checkpoints").iterdir())
+    shutil.copytree(checkpoints[0], made / "checkpoints" / ".step-00000001.host.1.part")
+    for checkpoint in checkpoints:
+        (checkpoint / "arrays.npz").write_bytes(b"torn")
+    report = report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "1", "--json"))
+    assert form(report, "prune_0.5")["sparsity"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_other_settings_do_not_replace_what_is_there_unasked(hpcai, run):
@@ -228,6 +254,7 @@ def test_the_layers_that_int8_harms_most_stay_in_float_where_the_bound_asks_for_
 @pytest.mark.parametrize(("words", "code", "said"), [
     (("none", "--quantize", "int8"), 3, "not a run folder"),
     (("run",), 2, "nothing to do"),
+    (("unfinished", "--quantize", "int8"), 3, "hpcai train --resume unfinished"),
     (("run", "--prune", "2"), 2, "between 0 and 1"),
     (("run", "--quantize", "int4"), 2, "float16, dynamic, int8"),
     (("run", "--target", "speed=3"), 2, "size=200KB"),
@@ -236,6 +263,8 @@ def test_the_layers_that_int8_harms_most_stay_in_float_where_the_bound_asks_for_
     (("run", "--quantize", "int8", "--data", "none.h5"), 3, "hpcai preprocess"),
 ])
 def test_wrong_words_end_in_one_sentence(hpcai, run, words, code, said):
+    shutil.copytree(run, "unfinished")
+    Path("unfinished/model.keras").unlink()
     done = hpcai("compress", *words)
     assert done.exit_code == code, done.stderr
     assert said in done.stderr

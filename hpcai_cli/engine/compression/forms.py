@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from hpcai_cli import console
-from hpcai_cli.engine import evaluation, model_file, training
+from hpcai_cli.engine import checkpoint, evaluation, model_file, training
 from hpcai_cli.engine.compression import quantization, quantization_training, sensitivity
 from hpcai_cli.engine.compression.beginning import begun
 from hpcai_cli.engine.compression.distillation import Teacher
@@ -30,7 +30,7 @@ from hpcai_cli.engine.model import settle_statistics
 from hpcai_cli.engine.pipeline import epoch_order
 from hpcai_cli.engine.store import Dataset
 from hpcai_cli.engine.task import task_of
-from hpcai_cli.errors import StoppedEarly, UsageError
+from hpcai_cli.errors import DataError, StoppedEarly, UnsuitableError, UsageError
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, read_json, write_bytes, write_json
 from hpcai_cli.signals import StopRequest
@@ -60,6 +60,7 @@ class Compression:
     final_augment: Callable | None = None
     student_augment: Callable | None = None
     student_final_augment: Callable | None = None
+    student_adapt: Callable | None = None
     temperature: float = 4.0
     alpha: float = 0.7
     epochs: int | None = None
@@ -87,10 +88,15 @@ class Compression:
             return made
         console.note(f"{made.folder}: {step.name}")
         on_rank_zero(self.ranks, lambda: self._describe(made, parent, step, recipe, key))
-        if step.kind in CONVERSIONS:
-            on_rank_zero(self.ranks, lambda: self._convert(step, parent, made))
-        else:
-            self._train(form, parent, made, recipe)
+        try:
+            if step.kind in CONVERSIONS:
+                on_rank_zero(self.ranks, lambda: self._convert(step, parent, made))
+            else:
+                self._train(form, parent, made, recipe)
+        except UnsuitableError:
+            # Nothing was made, and what describes it would only be in the way.
+            on_rank_zero(self.ranks, lambda: shutil.rmtree(made.folder, ignore_errors=True))
+            raise
         return made
 
     def raise_if_stopped(self) -> None:
@@ -128,7 +134,8 @@ class Compression:
             return False
         if made.manifest().get("compression_key") == key:
             return made.result_file.is_file()
-        if not self.force:
+        # What is converted only to be compared with is nobody's.
+        if not self.force and made.manifest().get("compression_step", {}).get("kind") != "float32":
             raise UsageError(f"{made.folder} was made with other settings or from another model",
                              mend="replace it with --force", received=str(made.folder))
         shutil.rmtree(made.folder)
@@ -145,13 +152,16 @@ class Compression:
         write_json(made.manifest_file, manifest)
 
     def _train(self, form: Form, parent: Run, made: Run, recipe: Recipe) -> None:
-        step, options, build = form[-1], {}, self._student
+        step, options, build = form[-1], {}, self.build_student
         augment, final_augment = ((self.student_augment, self.student_final_augment) if form[0].kind == "distil"
                                   else (self.augment, self.final_augment))
         if self.alpha:
             # What was pruned or rounded learns again from the one who knows, and not from the labels alone.
-            options["teacher"] = self._teacher(recipe, changing=augment is not None or recipe.mixup > 0)
-        if step.kind != "distil":
+            options["teacher"] = self._teacher(recipe, changing=augment is not None or recipe.mixup > 0 or (
+                final_augment is not None and recipe.final_share > 0))
+        if step.kind == "distil":
+            options["adapt"] = self._begin_student
+        else:
             model, left_alone = begun(step, model_file.load(parent.model_file, trust=self.trust), self._calibration())
             on_rank_zero(self.ranks, lambda: _note_left_alone(made, left_alone))
             if step.kind == "prune":
@@ -168,20 +178,22 @@ class Compression:
                 return model
         job = training.Job(recipe, made, self.dataset, self.ranks, build, augment, stop=self.stop,
                            final_augment=final_augment, **options)
-        resume = on_rank_zero(self.ranks, lambda: made.checkpoints.is_dir() and any(made.checkpoints.iterdir()))
+        resume = on_rank_zero(self.ranks, lambda: _can_go_on(made))
         try:
             training.train(job, resume=resume)
         except StoppedEarly as error:
             raise StoppedEarly(str(error).partition(";")[0], mend=_GO_ON) from None
 
-    def _student(self, recipe: Recipe) -> keras.Model:
-        """Return the student, with the teacher's weights where it has the same, as when it only looks less closely."""
-        student, teacher = self.build_student(recipe), model_file.load(self.run.model_file, trust=self.trust)
+    def _begin_student(self, student: keras.Model, inputs: np.ndarray, labels: np.ndarray, recipe: Recipe) -> None:
+        """Give a student the teacher's weights where it has the same, as when it only looks less closely; else let its
+        recipe fit what it takes from the data."""
+        teacher = model_file.load(self.run.model_file, trust=self.trust)
         if [weight.shape for weight in student.weights] == [weight.shape for weight in teacher.weights]:
             console.note("the student begins with the teacher's weights, which have the same shapes")
             student.set_weights(teacher.get_weights())
             settle_statistics(student)
-        return student
+        elif self.student_adapt is not None:
+            self.student_adapt(student, inputs, labels)
 
     def _teacher(self, recipe: Recipe, *, changing: bool) -> Teacher:
         """Return the run as a teacher; its answers are kept in a file where no example changes from epoch to epoch."""
@@ -219,6 +231,15 @@ class Compression:
         write_json(made.result_file, {"schema": "hpcai.train/1", "command": "compress", "run": str(made.folder),
                                       "recipe": self.recipe.name, "metrics": {},
                                       "decision_threshold": before.get("decision_threshold")})
+
+
+def _can_go_on(made: Run) -> bool:
+    try:
+        checkpoint.newest(made.checkpoints)
+    except DataError:
+        # It was stopped before its first checkpoint, or that is damaged: there is nothing to lose.
+        return False
+    return True
 
 
 def _note_left_alone(made: Run, names: Iterable[str]) -> None:

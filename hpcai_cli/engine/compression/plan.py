@@ -138,7 +138,8 @@ def check(asked: Asked, *, epochs: int | None, learning_rate: float | None, temp
 def forms(asked: Asked) -> list[Form]:
     """Return the forms to try, in this order; the first that holds is taken."""
     found = _stronger(asked) if asked.target else _milder(asked) if asked.max_drop is not None else [asked.form]
-    return list(dict.fromkeys(found))
+    # A share can round to nothing, which leaves no steps.
+    return [form for form in dict.fromkeys(found) if form]
 
 
 def _milder(asked: Asked) -> Iterator[Form]:

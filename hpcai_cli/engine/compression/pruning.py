@@ -60,8 +60,8 @@ class MagnitudePruning:
         chosen, left = prunable(model, pattern)
         if not chosen:
             raise UnsuitableError("the model has no layers that can be pruned this way",
-                             expected="convolutions or dense layers with enough weights",
-                             received=", ".join(left) or "no layers with weights")
+                                  expected="convolutions or dense layers with enough weights",
+                                  received=", ".join(left) or "no layers with weights")
         self._kernels, self._pattern = list(chosen.values()), pattern
         reached = sum(kernel.shape.num_elements() for kernel in self._kernels)
         aside = sum(_kernel_sizes(model)) - reached
@@ -69,7 +69,7 @@ class MagnitudePruning:
         self.sparsity = sparsity * (reached + aside) / reached
         if pattern == "unstructured" and self.sparsity >= 1:
             raise UnsuitableError("the layers that can be pruned are too small a part of the model for this sparsity",
-                             expected=f"less than {reached / (reached + aside):.3f}", received=sparsity)
+                                  expected=f"less than {reached / (reached + aside):.3f}", received=sparsity)
         self._first, self._last = int(BEGIN * steps), max(1, int(END * steps))
 
     def kept(self) -> list[tf.Tensor]:

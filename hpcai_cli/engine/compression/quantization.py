@@ -15,7 +15,7 @@ from hpcai_cli.engine.compression.quantization_training import (
 )
 from hpcai_cli.engine.model import settle_statistics
 from hpcai_cli.engine.tflite_file import operators, silence
-from hpcai_cli.errors import DataError, UnsuitableError, UsageError
+from hpcai_cli.errors import DataError, HpcaiError, UnsuitableError, UsageError
 
 CALIBRATION_EXAMPLES = 300
 """Examples that calibration looks at, at most: more change no range worth mentioning."""
@@ -57,10 +57,12 @@ def convert(model: keras.Model, input_shape: tuple[int, ...], *, kind: str, cali
     with silence():
         try:
             return _converted(model, shape, dtype, kind, calibration, keep_float)
+        except (HpcaiError, MemoryError, OSError):
+            raise
         except Exception as error:
             first_line = str(error).strip().split("\n")[0]
             raise UnsuitableError(f"the model cannot be converted to {kind} TFLite", expected="layers that TFLite has",
-                             received=f"{type(error).__name__}: {first_line}") from error
+                                  received=f"{type(error).__name__}: {first_line}") from error
 
 
 def _converted(model: keras.Model, shape: tuple[int, ...], dtype, kind: str, calibration, keep_float) -> bytes:
@@ -68,7 +70,7 @@ def _converted(model: keras.Model, shape: tuple[int, ...], dtype, kind: str, cal
     if learned:
         # The converter rounds the weights itself, and takes the ranges of the activations from the model.
         model = without_fake_quantization(model, keep_ranges=kind == "int8")
-    model = _in_float32(model)
+    model = in_float32(model)
     if kind == "int8" and not learned and foldable(model):
         # Batch norm that no convolution can take would be rounded with one scale for all channels.
         model = folded(model)
@@ -92,7 +94,7 @@ def _frozen(model: keras.Model, shape: tuple[int, ...], dtype):
     return convert_variables_to_constants_v2(function.get_concrete_function())
 
 
-def _in_float32(model: keras.Model) -> keras.Model:
+def in_float32(model: keras.Model) -> keras.Model:
     """Return the model, or where it computes in another type a copy that computes in float32."""
     if all(layer.compute_dtype == "float32" for layer in model._flatten_layers(recursive=True)):
         return model

@@ -39,7 +39,7 @@ class _Graph:
     def __init__(self, model: keras.Model):
         if not foldable(model):
             raise UnsuitableError("quantization-aware training cannot look into this model",
-                             expected="a Sequential or Functional model", received=type(model).__name__)
+                                  expected="a Sequential or Functional model", received=type(model).__name__)
         if isinstance(model, keras.Sequential):
             model = keras.Model(model.inputs, model.outputs, name=model.name)
         self.model = model
@@ -281,6 +281,19 @@ def with_fake_quantization(model: keras.Model, calibration: np.ndarray, *,
     for layer in ranges:
         layer.observing = False
     return result
+
+
+def with_one_rounded(model: keras.Model, calibration: np.ndarray, name: str) -> keras.Model:
+    """Return the model with a single layer rounded, its inputs, its weights and, after the ReLU behind it, its outputs.
+
+    Args:
+        model, calibration: as of `with_fake_quantization`.
+    """
+    graph = _Graph(model)
+    relus = {following.operation.name for node in graph.nodes
+             if node.operation.name == name and _is_relu(following := graph.next(node))}
+    everything = {node.operation.name for node in graph.nodes}
+    return with_fake_quantization(model, calibration, keep_float=everything - relus - {name})
 
 
 def _is_relu(node) -> bool:

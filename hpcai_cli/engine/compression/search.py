@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcai_cli import console
-from hpcai_cli.engine import distributed, evaluation, hardware
+from hpcai_cli.engine import distributed, evaluation, hardware, model_file
 from hpcai_cli.engine.compression import inference_cost, table
 from hpcai_cli.engine.compression.forms import Compression
 from hpcai_cli.engine.compression.plan import CONVERSIONS, Asked, Form, Step, forms, name_of
@@ -27,7 +27,8 @@ def compress_run(run: Run, asked: Asked, *, data: Path | None, functions: Mappin
     """Compress a run in this process, one of several or alone, and return the report, the same on every rank.
 
     Args:
-        functions: `augment` and `final_augment` of the run's recipe, `student_augment` and `student_final_augment`.
+        functions: `augment` and `final_augment` of the run's recipe; `student_augment`, `student_final_augment` and
+            `student_adapt`.
         settings: the other fields of Compression.
 
     Raises:
@@ -36,8 +37,8 @@ def compress_run(run: Run, asked: Asked, *, data: Path | None, functions: Mappin
     """
     ranks, held = distributed.start(), []
     # Rank 0 looks first: what is wrong with run or data is said once, and by no rank that others wait for.
-    distributed.on_rank_zero(ranks, lambda: held.append(_opened(run, data)))
-    dataset, recipe = held[0] if held else _opened(run, data)
+    distributed.on_rank_zero(ranks, lambda: held.append(_opened(run, data, settings["trust"])))
+    dataset, recipe = held[0] if held else _opened(run, data, settings["trust"])
     hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     hardware.set_precision(recipe.precision)
     if dataset.fingerprint != run.manifest().get("data_fingerprint"):
@@ -52,12 +53,13 @@ def compress_run(run: Run, asked: Asked, *, data: Path | None, functions: Mappin
     return report
 
 
-def _opened(run: Run, data: Path | None) -> tuple[Dataset, Recipe]:
+def _opened(run: Run, data: Path | None, trust: bool) -> tuple[Dataset, Recipe]:
     """Return the data and the recipe with what it leaves to them."""
     if run.tflite_file.is_file() and not run.model_file.is_file():
         raise DataError(f"{run.folder} holds a TFLite model, which can be made no smaller",
                         expected="a run with a model.keras", mend="give the run that it was made from",
                         received=str(run.folder))
+    model_file.check(run.model_file, trust=trust)
     dataset = Dataset(data or run.data_file())
     return dataset, check_fits(dataset, run.recipe())
 
@@ -82,7 +84,6 @@ class _Search:
 
     def run(self) -> dict:
         """Try the forms in their order and return the report."""
-        # First, since a folder that is in the way would else be told of after hours of training.
         tried: list[Form] = [(), *self._as_float(())]
         self._judge(())
         chosen, reasons = None, []
@@ -126,7 +127,9 @@ class _Search:
                       "measure": self.measure, "split": split, "max_drop": self.asked.max_drop, "forms": rows,
                       "notes": self.notes,
                       "failed": "" if chosen is not None else f"no form holds: {'; '.join(reasons)}"}
-            folder = compression.run.compressed if chosen is None else self._folder(chosen)
+            failed = compression.run.compressed / "compression.json"
+            failed.unlink(missing_ok=True)
+            folder = failed.parent if chosen is None else self._folder(chosen)
             write_json(folder / "compression.json", report)
             table.draw(report, folder / "compression.png")
             return report

@@ -5,7 +5,8 @@ import math
 import keras
 import numpy as np
 
-from hpcai_cli.engine.compression.quantization_training import folded, weighted_layers, with_fake_quantization
+from hpcai_cli.engine.compression.quantization import in_float32
+from hpcai_cli.engine.compression.quantization_training import folded, weighted_layers, with_one_rounded
 
 EXAMPLES = 64
 """Calibration examples that a layer is judged by."""
@@ -18,18 +19,17 @@ def most_sensitive(model: keras.Model, calibration: np.ndarray, share: float) ->
 
     Args:
         calibration: examples as stored, (n, ...).
-        share: of the layers with weights, in (0, 1]; at least one is returned.
+        share: of the layers with weights, in (0, 1]; at least one is returned, where there are any.
 
     Raises:
         UnsuitableError: the model is neither Sequential nor Functional.
     """
-    network, own = folded(model), {layer.name for layer in model._flatten_layers()}
-    everything, weighted = {layer.name for layer in network.layers}, weighted_layers(network)
-    examples = calibration[:EXAMPLES]
+    network, own = folded(in_float32(model)), {layer.name for layer in model._flatten_layers()}
+    weighted, examples = weighted_layers(network), calibration[:EXAMPLES]
     expected = _outputs(network, examples)
     harm = dict.fromkeys(weighted, 0.0)
     for name in weighted:
-        rounded = with_fake_quantization(network, examples, keep_float=everything - {name})
+        rounded = with_one_rounded(network, examples, name)
         harm[name] = float(np.mean((_outputs(rounded, examples) - expected) ** 2))
     order = sorted(weighted, key=harm.get, reverse=True)[:math.ceil(share * len(weighted))]
     # Of a SeparableConv2D, which `folded` takes apart, each half has a name, and the model knows the layer.

@@ -101,11 +101,11 @@ def _choose(graph: Graph, keep_macs: float) -> np.ndarray:
 
     if not len(order):
         raise UnsuitableError("the model has no filters or units that can be removed", expected="convolutions or dense "
-                         "layers before the last one", received=", ".join(graph.left_alone()) or "none")
+                              "layers before the last one", received=", ".join(graph.left_alone()) or "none")
     least = _macs(graph, stays(len(order))) / total
     if least * total > target:
         raise UnsuitableError("the model cannot be cut to this share of its multiply-accumulates",
-                         expected=f"at least {np.ceil(least * 1000) / 1000:.3f}", received=keep_macs)
+                              expected=f"at least {np.ceil(least * 1000) / 1000:.3f}", received=keep_macs)
     kept = stays(bisect.bisect_left(range(len(order)), True,
                                     key=lambda count: _macs(graph, stays(count)) <= target))
     # The last layer that lost channels may have lost more than it had to; others take up what is left.
@@ -192,7 +192,7 @@ def _rebuild(model: keras.Model, graph: Graph, kept: np.ndarray) -> keras.Model:
     except Exception as error:
         first_line = printable(str(error).strip().split("\n")[0])
         raise UnsuitableError(f"the model cannot be made again with fewer filters: {first_line}",
-                         expected="layers that get_config and from_config make again") from error
+                              expected="layers that get_config and from_config make again") from error
     for member in graph.members.values():
         new = done[id(member.layer)]
         if new is member.layer or model_cost.is_nested(new):

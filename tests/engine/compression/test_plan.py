@@ -34,6 +34,10 @@ def test_milder_forms_follow_where_a_bound_is_to_hold():
     assert len(found) == len(set(found))
 
 
+def test_a_share_that_rounds_to_nothing_is_no_form():
+    assert names(Asked(prune=0.001, max_drop=0.0)) == ["prune_0.001"]
+
+
 def test_a_target_is_searched_from_the_mildest_form_on():
     assert names(Asked(target=Target("size", 1e5)))[:4] == ["float16", "dynamic", "int8", "narrow_0.75-int8"]
     assert names(Asked(target=Target("macs", 0.5))) == ["narrow_0.5"]

@@ -80,7 +80,8 @@ def test_hostile_names_load_and_run_nothing(tmp_path, monkeypatch, requests_seen
                f'<script src="{address}/script"></script><script>document.body.innerHTML="gone"</script>')
     shown = browse("--dump-dom", written(hostile)).decode()
     assert seen == []
-    assert "<script" not in shown and "gone" in shown and "McNemar" not in shown
+    assert "<script" not in shown and "<title>1</title>" not in shown
+    # What a script would have replaced is still there.
     assert shown.count("<table>") >= 2
     # The server does answer the browser: a page that does ask for something is seen to.
     Path("asks.html").write_text(f'<img src="{address}/asked">')
