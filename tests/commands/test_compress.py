@@ -77,6 +77,16 @@ def test_pruned_weights_are_zero_in_the_file_and_pack_well(hpcai, run):
     assert pruned["macs"] == form(report, "original")["macs"]
 
 
+def test_the_same_command_gives_the_same_weights(hpcai, run):
+    found = []
+    for _ in range(2):
+        report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "2", "--json"))
+        found.append(model_file.load(run / "compressed" / "prune_0.5" / "model.keras").get_weights())
+        shutil.rmtree(run / "compressed")
+    for first, second in zip(*found, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
 def test_filters_really_go(hpcai, run):
     report = report_of(hpcai("compress", run, "--prune", "0.5", "--pattern", "filters", "--epochs", "3", "--json"))
     narrow, original = form(report, "narrow_0.5"), form(report, "original")

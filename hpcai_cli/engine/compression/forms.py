@@ -162,6 +162,8 @@ class Compression:
         if step.kind == "distil":
             options["adapt"] = self._begin_student
         else:
+            # A loaded Dropout draws its seed anew, by which no two trainings would be the same.
+            keras.utils.set_random_seed(recipe.seed)
             model, left_alone = begun(step, model_file.load(parent.model_file, trust=self.trust), self._calibration())
             on_rank_zero(self.ranks, lambda: _note_left_alone(made, left_alone))
             if step.kind == "prune":
