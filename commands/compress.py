@@ -66,8 +66,7 @@ def compress(
                  "--aware": aware, "--max-drop": max_drop, "--target": target, "--epochs": epochs,
                  "--learning-rate": learning_rate, "--temperature": temperature, "--alpha": alpha, "--force": force,
                  "--trust-model": trust_model, "--json": json}
-        rank_processes.run_command(np, ["compress", str(run), *(word for option, value in given.items()
-                                                                for word in options.words(option, value))])
+        rank_processes.run_command(np, ["compress", str(run), *options.words(given)])
         return
     entry = catalog.find(opened.recipe_reference())
     student, chosen = _student(distil, entry, opened.recipe())

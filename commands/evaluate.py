@@ -55,10 +55,8 @@ def evaluate(
     if np > 1:
         launch.require_horovod(np)
         given = {"--split": split, "--data": data, "--compare": compare, "--by": by, "--robustness": robustness,
-                 "--like": like, "--output": output, "--trust-model": trust_model, "--json": json}
-        rank_processes.run_command(np, [
-            "evaluate", str(model), *(word for text in require or [] for word in ("--require", text)),
-            *(word for option, value in given.items() for word in options.words(option, value))])
+                 "--require": require, "--like": like, "--output": output, "--trust-model": trust_model, "--json": json}
+        rank_processes.run_command(np, ["evaluate", str(model), *options.words(given)])
         return
     with console.quiet():
         from hpcai_cli.engine.reports import judging

@@ -1,6 +1,7 @@
 """Options that several commands share, so that they read and work alike."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +32,11 @@ From = Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take 
                                            "file first.")]
 
 
-def words(option: str, value: object) -> list[str]:
-    """Return an option as words of a command line, none where it was not given."""
-    if value is None or value is False or value == "":
-        return []
-    return [option] if value is True else [option, str(value)]
+def words(given: Mapping[str, object]) -> list[str]:
+    """Return options as words of a command line, none for those that were not given; a list repeats its option."""
+    found = []
+    for option, value in given.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each is not False and each != "":
+                found += [option] if each is True else [option, str(each)]
+    return found
