@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from hpcai_cli import __version__, console
 from hpcai_cli.commands.benchmark import benchmark
 from hpcai_cli.commands.compress import compress
+from hpcai_cli.commands.deploy import deploy
 from hpcai_cli.commands.doctor import doctor
 from hpcai_cli.commands.evaluate import evaluate
 from hpcai_cli.commands.predict import predict
@@ -86,6 +87,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(compress)
+app.add_typer(deploy, name="deploy")
 app.command()(benchmark)
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)

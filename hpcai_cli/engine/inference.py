@@ -8,19 +8,16 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.engine import checkpoint_model, evaluation, machine, model_file
 from hpcai_cli.engine.compression import beginning
 from hpcai_cli.engine.compression.plan import Step
+from hpcai_cli.engine.serving import runners
 from hpcai_cli.engine.task import task_of
-from hpcai_cli.errors import DataError, HpcaiError, printable
+from hpcai_cli.errors import DataError, printable
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run
-
-LARGEST_FILE = 2**31 - 1
-"""Bytes of a file that is read as a whole; TFLite and ONNX can hold no more."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,9 @@ def open_model(path: Path, *, like: Path | None = None, trust: bool = False,
             model = model_file.load(file, trust=trust)
         _check_model(model, file, recipe)
         return Opened(run, recipe, file, "keras", evaluation.forward(model, recipe))
-    try:
-        with console.quiet():
-            outputs_of = _RUNNERS[kind](file, recipe, trust)
-    except DataError as error:
-        raise DataError(f"{file}: {error}") from None
-    forward = _scored(outputs_of, file, recipe)
+    with console.quiet():
+        forward = runners.scores_of(kind, file, input_shape=recipe.input_shape, columns=task_of(recipe).columns,
+                                    owner=f"recipe {recipe.name}", threads=machine.cores(), trust=trust)
     forward(np.zeros((1, *recipe.input_shape), np.uint8 if recipe.inputs == "images" else np.float32))
     return Opened(run, recipe, file, kind, forward)
 
@@ -151,90 +145,6 @@ def _check_model(model: keras.Model, file: Path, recipe: Recipe) -> None:
         raise DataError(f"{file} does not take the examples of recipe {recipe.name}: {_first_line(error)}",
                         expected=f"inputs of shape {recipe.input_shape}") from error
     _check_outputs(tuple(getattr(outputs, "shape", ())), 1, file, recipe)
-
-
-# ---- Other files ---------------------------------------------------------------------------------------------------
-
-def _tflite(file: Path, recipe: Recipe, trust: bool) -> Callable:
-    from hpcai_cli.engine import tflite_file
-
-    return tflite_file.runner(_content(file), threads=machine.cores(), trusted=trust)
-
-
-def _onnx(file: Path, recipe: Recipe, trust: bool) -> Callable:
-    from hpcai_cli.engine import onnx_file
-
-    return _fed(*onnx_file.runner(_content(file), threads=machine.cores()), recipe)
-
-
-def _saved_model(folder: Path, recipe: Recipe, trust: bool) -> Callable:
-    from hpcai_cli.engine import saved_model_file
-
-    return _fed(*saved_model_file.runner(folder, trust=trust), recipe)
-
-
-_RUNNERS = {"tflite": _tflite, "onnx": _onnx, "saved_model": _saved_model}
-
-
-def _content(file: Path) -> bytes:
-    try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise DataError("it is larger than a model of its kind can be", expected=f"at most {LARGEST_FILE} bytes",
-                            received=file.stat().st_size)
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"it cannot be read: {error.strerror}") from None
-
-
-def _fed(run: Callable, shape: tuple, dtype: np.dtype, recipe: Recipe) -> Callable:
-    """Give a model the recipe's examples as it takes them: in its type, in batches of its size where it has one.
-
-    Args:
-        shape, dtype: what the model declares of its inputs; None in the shape stands for any size.
-
-    Raises:
-        DataError: it takes other examples.
-    """
-    if len(shape) != 1 + len(recipe.input_shape) or any(
-            dim not in (None, size) for dim, size in zip(shape[1:], recipe.input_shape, strict=True)):
-        raise DataError("it takes other inputs", expected=f"(any, {', '.join(map(str, recipe.input_shape))})",
-                        received=f"({', '.join('any' if dim is None else str(dim) for dim in shape)})")
-    size = shape[0]
-
-    def outputs_of(inputs: np.ndarray) -> np.ndarray:
-        if not np.can_cast(inputs.dtype, dtype, "same_kind"):
-            raise DataError("it takes inputs of another type", expected=f"{inputs.dtype}", received=f"{dtype}")
-        inputs = inputs.astype(dtype, copy=False)
-        if size is None:
-            return run(inputs)
-        parts = []
-        for start in range(0, len(inputs), size):
-            part = inputs[start:start + size]
-            parts.append(run(np.resize(part, (size, *part.shape[1:])))[:len(part)])
-        return np.concatenate(parts)
-    return outputs_of
-
-
-def _scored(outputs_of: Callable, file: Path, recipe: Recipe) -> Callable:
-    """Bring what a runner gives into the form of the task's scores."""
-    task = task_of(recipe)
-
-    def forward(inputs: np.ndarray) -> np.ndarray:
-        try:
-            outputs = np.asarray(outputs_of(inputs))
-        except HpcaiError as error:
-            raise DataError(f"{file} does not fit recipe {recipe.name}: {error}") from None
-        except Exception as error:
-            raise DataError(f"{file} fails to answer {len(inputs)} examples of recipe {recipe.name}: "
-                            f"{_first_line(error)}") from error
-        _check_outputs(outputs.shape, len(inputs), file, recipe)
-        if outputs.dtype.kind != "f":
-            raise DataError(f"{file} gives no scores", expected="numbers of a float type", received=outputs.dtype)
-        if outputs.shape[1] == task.columns:
-            # What the task would give too, but a call of TensorFlow takes longer than a small model does.
-            return outputs.astype(np.float32, copy=False)
-        return task.scores(tf.constant(outputs)).numpy()
-    return forward
 
 
 def _check_outputs(shape: tuple, count: int, file: Path, recipe: Recipe) -> None:

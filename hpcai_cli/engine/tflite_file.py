@@ -4,13 +4,13 @@ import os
 import re
 import resource
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 
 import numpy as np
-import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.errors import DataError, printable
@@ -59,8 +59,7 @@ def _layers(name: str) -> tuple[str, ...]:
 
 def operators(content: bytes) -> Iterator[Operator]:
     """Yield the operators of a model in their order."""
-    from tensorflow.lite.python import schema_py_generated as schema
-
+    schema = _schema()
     kinds = {number: kind for kind, number in vars(schema.BuiltinOperator).items() if not kind.startswith("_")}
     model = schema.Model.GetRootAs(content)
     graph = model.Subgraphs(0)
@@ -69,6 +68,33 @@ def operators(content: bytes) -> Iterator[Operator]:
         code = model.OperatorCodes(operator.OpcodeIndex())
         # Files from before 2020 have the number in the older, smaller field only.
         yield Operator(kinds[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())], model, operator)
+
+
+def _is_light() -> bool:
+    """Tell whether the runtime without TensorFlow is taken: it loads sooner, but is not to stand beside the other."""
+    if "tensorflow" in sys.modules:
+        return False
+    with suppress(ImportError):
+        import ai_edge_litert  # noqa: F401
+        return True
+    return False
+
+
+def _schema():
+    """Return the module that reads the format."""
+    if _is_light():
+        from ai_edge_litert import schema_py_generated
+    else:
+        from tensorflow.lite.python import schema_py_generated
+    return schema_py_generated
+
+
+def _interpreter(content: bytes, threads: int):
+    if _is_light():
+        from ai_edge_litert import interpreter as library
+    else:
+        from tensorflow import lite as library
+    return library.Interpreter(model_content=content, num_threads=threads)
 
 
 def _name(tensor) -> str:
@@ -111,9 +137,7 @@ def check(content: bytes) -> None:
 
 
 def _check_graph(content: bytes) -> None:
-    from tensorflow.lite.python import schema_py_generated as schema
-
-    model = schema.Model.GetRootAs(content)
+    model = _schema().Model.GetRootAs(content)
     if model.SubgraphsLength() != 1:
         raise ValueError(f"it has {model.SubgraphsLength()} graphs, where one is expected")
     graph = model.Subgraphs(0)
@@ -156,7 +180,7 @@ def _try_out(content: bytes) -> None:
     a field was changed (a stride, a dilation, a number of scales) ended the process with a segmentation fault."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_trial, args=(theirs,), daemon=True)
+    process = context.Process(target=_trial, args=(theirs, _is_light()), daemon=True)
     # Ctrl-C reaches the child too, which would answer with a traceback.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -177,8 +201,10 @@ def _try_out(content: bytes) -> None:
         raise _unusable(said)
 
 
-def _trial(connection) -> None:
+def _trial(connection, light: bool) -> None:
     """Take a model, run it, and say what is wrong with it, or nothing."""
+    if not light:
+        import tensorflow  # noqa: F401 so that what is tried is what will run
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -258,7 +284,7 @@ class _Runner:
     def _open(self) -> dict:
         try:
             with silence():
-                self._interpreter = tf.lite.Interpreter(model_content=self._content, num_threads=self._threads)
+                self._interpreter = _interpreter(self._content, self._threads)
                 self._interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
             raise _unusable(error) from None

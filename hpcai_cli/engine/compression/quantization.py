@@ -74,7 +74,7 @@ def _converted(model: keras.Model, shape: tuple[int, ...], dtype, kind: str, cal
     if kind == "int8" and not learned and foldable(model):
         # Batch norm that no convolution can take would be rounded with one scale for all channels.
         model = folded(model)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([_frozen(model, shape, dtype)])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen(model, shape, dtype)])
     converter.exclude_conversion_metadata = True
     if kind == "int8" and not learned:
         return _int8(converter, calibration, keep_float)
@@ -85,7 +85,8 @@ def _converted(model: keras.Model, shape: tuple[int, ...], dtype, kind: str, cal
     return converter.convert()
 
 
-def _frozen(model: keras.Model, shape: tuple[int, ...], dtype):
+def frozen(model: keras.Model, shape: tuple[int, ...], dtype):
+    """Return a concrete function of inputs as stored, (any, *shape), whose weights are constants."""
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     function = tf.function(lambda inputs: model(tf.cast(inputs, tf.float32), training=False), autograph=False,
