@@ -10,9 +10,11 @@ from hpcai_cli import catalog, console, options
 from hpcai_cli.errors import DataError, GateError, UsageError
 
 NAMES = ("start", "input", "train", "accuracy", "scaling", "memory", "preprocess", "photographs", "tutorial",
-         "quantization")
+         "quantization", "serve")
 ON_MNIST = {"input", "train", "accuracy", "scaling"}
 """Those that measure with MNIST's dataset file."""
+PEERS = ("litserve", "mlserver", "flask")
+"""Other servers that serve can be measured beside."""
 PHOTOGRAPHS = Path("data/petimages.zip")
 """What the tutorial, which needs real photographs, is measured with where nothing else is given."""
 
@@ -26,6 +28,9 @@ def benchmark(
         f"tutorial. Without them the first two make their own; tutorial takes {PHOTOGRAPHS} where it exists.",
         show_default=False)] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of tutorial, for both sides.")] = 15,
+    peer: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=PYTHON", help="For serve, another server to measure beside ours, and the Python that has it: "
+        "litserve, mlserver or flask. Repeatable.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 5 when a figure misses its limit.")] = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -36,11 +41,12 @@ def benchmark(
         $ hpcai benchmark start input
         $ hpcai benchmark --data data/mnist.h5 --json
         $ hpcai benchmark tutorial --photographs petimages.zip
+        $ hpcai benchmark serve --peer litserve=/opt/litserve/bin/python
     """
     unknown = sorted(set(names or []) - set(NAMES))
     if unknown:
         raise UsageError("no such benchmark", expected=f"some of {', '.join(NAMES)}", received=", ".join(unknown))
-    chosen = _measurable(names, photographs)
+    chosen, peers = _measurable(names, photographs), _peers(peer or [])
     with console.quiet():
         from hpcai_cli.engine.benchmarks.measure import Setting
         from hpcai_cli.engine.store import Dataset
@@ -54,7 +60,7 @@ def benchmark(
         with console.quiet():
             module = import_module(f"hpcai_cli.engine.benchmarks.{name}")
         own = photographs or (PHOTOGRAPHS if name == "tutorial" else None)
-        figures += module.measure(Setting(data, recipes, augment, own, epochs))
+        figures += module.measure(Setting(data, recipes, augment, own, epochs, peers))
     if json:
         console.result_json({"schema": "hpcai.benchmark/1", "command": "benchmark",
                              "figures": [figure.to_json() for figure in figures]})
@@ -64,6 +70,18 @@ def benchmark(
     missed = [f"{figure.benchmark}: {figure.name}" for figure in figures if figure.holds is False]
     if missed and check:
         raise GateError(f"missed: {'; '.join(missed)}")
+
+
+def _peers(given: list[str]) -> dict[str, str]:
+    """Return the other servers' Pythons by name."""
+    found = {}
+    for text in given:
+        name, equals, python = text.partition("=")
+        if name not in PEERS or not equals or not Path(python).is_file():
+            raise UsageError("there is no such peer", received=text,
+                             expected=f"NAME=PYTHON with a name of {', '.join(PEERS)} and a Python that exists")
+        found[name] = python
+    return found
 
 
 def _measurable(names: list[str] | None, photographs: Path | None) -> list[str]:

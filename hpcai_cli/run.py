@@ -33,6 +33,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.evaluation = self.folder / "evaluation"
         self.compressed = self.folder / "compressed"
+        self.exports = self.folder / "exports"
         self.tensorboard = self.folder / "tensorboard"
 
     @classmethod

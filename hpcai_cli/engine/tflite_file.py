@@ -22,7 +22,7 @@ LARGEST_TENSOR = 1 << 32
 """Bytes that a tensor of one example may declare."""
 TRIAL_SECONDS = 120
 LARGEST_BATCH = 256
-"""Examples that run at once, so that what was tried holds for any number of them."""
+"""Examples that run at once where nothing else is asked, so that what was tried holds for any number of them."""
 _FORBIDDEN = {"CUSTOM", "CALL", "CALL_ONCE", "IF", "WHILE", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE",
               "DELEGATE"}
 """Code of others, other graphs, and memory between two calls: no model of ours has them."""
@@ -101,7 +101,8 @@ def _name(tensor) -> str:
     return (tensor.Name() or b"").decode(errors="replace")
 
 
-def runner(content: bytes, *, threads: int, trusted: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+def runner(content: bytes, *, threads: int, trusted: bool = False,
+           most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from inputs as stored, (b, ...) for any b, to the model's float32 outputs, (b, columns).
 
     Inputs of type uint8 are given to a uint8 model as they are; else quantized inputs and outputs are converted by the
@@ -109,14 +110,15 @@ def runner(content: bytes, *, threads: int, trusted: bool = False) -> Callable[[
 
     Args:
         trusted: leave out the trial in a process of its own, for what this program has just converted.
+        most: examples that run at once; of more, so many at a time. The trial takes time and memory for so many.
 
     Raises:
         DataError: the content is broken, foreign or not safe to run; later, inputs have another shape or type.
     """
     check(content)
     if not trusted:
-        _try_out(content)
-    return _Runner(content, threads)
+        _try_out(content, most)
+    return _Runner(content, threads, most)
 
 
 def check(content: bytes) -> None:
@@ -175,12 +177,12 @@ def _check_tensor(model, tensor) -> None:
         raise ValueError(f"the tensor {_name(tensor)!r} has {count} scales for the shape {shape}")
 
 
-def _try_out(content: bytes) -> None:
+def _try_out(content: bytes, most: int) -> None:
     """Run the model in a process of its own: TFLite verifies a file's structure, and yet one in twenty files in which
     a field was changed (a stride, a dilation, a number of scales) ended the process with a segmentation fault."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_trial, args=(theirs, _is_light()), daemon=True)
+    process = context.Process(target=_trial, args=(theirs, _is_light(), most), daemon=True)
     # Ctrl-C reaches the child too, which would answer with a traceback.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -201,7 +203,7 @@ def _try_out(content: bytes) -> None:
         raise _unusable(said)
 
 
-def _trial(connection, light: bool) -> None:
+def _trial(connection, light: bool, most: int) -> None:
     """Take a model, run it, and say what is wrong with it, or nothing."""
     if not light:
         import tensorflow  # noqa: F401 so that what is tried is what will run
@@ -210,8 +212,8 @@ def _trial(connection, light: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
-        run = _Runner(connection.recv_bytes(), 1)
-        for count in (1, LARGEST_BATCH):
+        run = _Runner(connection.recv_bytes(), 1, most)
+        for count in (1, most):
             run(np.zeros((count, *run.shape), run.dtype))
             run(np.full((count, *run.shape), 255 if run.dtype == np.uint8 else 1, run.dtype))
         connection.send_bytes(b"")
@@ -239,8 +241,8 @@ class _Runner:
         shape, dtype: of one example as it is fed.
     """
 
-    def __init__(self, content: bytes, threads: int):
-        self._content, self._threads, self._fixed = content, threads, False
+    def __init__(self, content: bytes, threads: int, most: int):
+        self._content, self._threads, self._most, self._fixed = content, threads, most, False
         given = self._open()
         self._place, self._scale, self.shape = given["index"], given["quantization"], tuple(given["shape"][1:].tolist())
         # Images stay as they are stored; whatever else is quantized is given in its own unit.
@@ -260,7 +262,7 @@ class _Runner:
         if self._quantized:
             bounds, (scale, zero) = np.iinfo(self._quantized), self._scale
             values = np.clip(np.rint(values / (scale or 1)) + zero, bounds.min, bounds.max).astype(self._quantized)
-        outputs = [self._part(values[start:start + LARGEST_BATCH]) for start in range(0, len(values), LARGEST_BATCH)]
+        outputs = [self._part(values[start:start + self._most]) for start in range(0, len(values), self._most)]
         return np.concatenate(outputs)
 
     def _part(self, values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hpcai_cli.errors import HpcaiError
@@ -30,6 +30,8 @@ class Setting:
     """The user's photographs of dogs and cats, a folder or an archive; None where the benchmarks make their own."""
     epochs: int = 15
     """Epochs of the whole tutorial."""
+    peers: Mapping[str, str] = field(default_factory=dict)
+    """For serve, the Python that has each of the other servers, by name."""
 
 
 @dataclass(frozen=True)

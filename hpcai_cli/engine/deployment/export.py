@@ -76,7 +76,7 @@ def export(order: Order) -> dict:
     if not artefacts.NAME.fullmatch(name):
         raise UsageError("this cannot be a model's name", expected="letters, digits, dots and hyphens", received=name)
     target = repository.next_version(order.into / name) if order.into else (
-        order.output or opened.run.folder / "exports" / order.kind)
+        order.output or opened.run.exports / order.kind)
     _check_target(target, order.force)
     source = _source(order, opened)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +136,12 @@ def _source(order: Order, opened: inference.Opened) -> _Source:
         console.note(f"{dataset.path} is not the file that the run was trained on")
     inputs, labels = _rows(dataset.split("test"), EXAMPLES, spread=False)
     scores = _scores(opened, inputs)
-    seen, seen_labels = _rows(dataset.split("train"), REFERENCE_EXAMPLES, spread=True)
+    seen, _ = _rows(dataset.split("train"), REFERENCE_EXAMPLES, spread=True)
     details = opened.run.manifest().get("data_details") or {}
+    # The answers are those to examples that it did not learn from: of its own it is surer than it will ever be again.
     reference = statistics.reference_of(
-        seen, _scores(opened, seen), inputs_kind=recipe.inputs, class_names=recipe.class_names, labels=seen_labels,
+        seen, scores, inputs_kind=recipe.inputs, class_names=recipe.class_names, labels=labels,
+        threshold=opened.run.decision_threshold(),
         feature_names=details.get("features") or [f"feature {number}" for number in range(recipe.input_shape[-1])])
     return _Source(opened, recipe, inputs, labels, scores, reference, dataset.fingerprint)
 

@@ -1,44 +1,21 @@
-"""A repository of versions: NAME/1, NAME/2, ... and the file `current`, which says which of them answers."""
+"""Adds to the versions of a model, NAME/1, NAME/2, ..., and says which of them answers, in the file `current`."""
 
 import os
 import shutil
 from pathlib import Path
 
-from hpcai_cli.errors import DataError, HpcaiError, UsageError, printable
+from hpcai_cli.engine.serving import artefact, model_folders
+from hpcai_cli.errors import HpcaiError, UsageError
 from hpcai_cli.run import write_bytes
-
-CURRENT = "current"
-
-
-def versions(folder: Path) -> list[int]:
-    """Return the versions in a repository, ascending."""
-    try:
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.name == str(
-            int(path.name)) and (path / "artefact.json").is_file())
-    except OSError:
-        return []
 
 
 def current(folder: Path) -> int:
-    """Return the version that answers: the one that `current` names, else the highest.
+    """Return the version that answers: the one that the file `current` names, else the highest.
 
     Raises:
-        DataError: there is none, or `current` names none.
+        DataError: there is no version here, or `current` names none.
     """
-    found = versions(folder)
-    if not found:
-        raise DataError("there is no version of a model here", expected="folders 1, 2, ... with an artefact.json",
-                        mend="make one with `hpcai deploy export RUN --into FOLDER`", received=str(folder))
-    try:
-        said = (folder / CURRENT).read_text().strip()
-    except FileNotFoundError:
-        return found[-1]
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {folder / CURRENT}: {printable(str(error))}") from None
-    if said not in map(str, found):
-        raise DataError(f"{folder / CURRENT} names a version that is not there", received=said,
-                        expected=", ".join(map(str, found)))
-    return int(said)
+    return int(model_folders.current(folder, model_folders.versions(folder)))
 
 
 def next_version(folder: Path) -> Path:
@@ -49,17 +26,20 @@ def next_version(folder: Path) -> Path:
 
 def set_current(folder: Path, version: str) -> None:
     """Let a version answer; servers of the repository take it at their next reload."""
-    write_bytes(folder / CURRENT, f"{version}\n".encode())
+    write_bytes(folder / model_folders.CURRENT, f"{version}\n".encode())
 
 
 def roll_back(folder: Path, to: int | None) -> dict:
     """Let an earlier version answer: `to`, or the one before the current; return which it was and which it is.
 
     Raises:
-        UsageError: there is no such version.
-        DataError: the folder is no repository.
+        UsageError: there is no such version, or the folder has none.
+        DataError: there is no model in the folder.
     """
-    before, found = current(folder), versions(folder)
+    if (folder / artefact.DOCUMENT).is_file():
+        raise UsageError("this is one export and no folder of versions", expected="folders 1, 2, ...",
+                         mend="make them with `hpcai deploy export RUN --into FOLDER`", received=str(folder))
+    before, found = current(folder), [int(name) for name in model_folders.versions(folder)]
     earlier = [version for version in found if version < before]
     if to is None and not earlier:
         raise UsageError("there is no version before the current one", expected="an earlier version", received=before)

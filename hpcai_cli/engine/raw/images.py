@@ -50,12 +50,15 @@ def read_bytes(path: Path | str) -> bytes:
         return file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
 
 
-def decode(content: bytes, shape: tuple[int, int, int], *, min_size: int = 1) -> np.ndarray:
+def decode(content: bytes, shape: tuple[int, int, int], *, min_size: int = 1,
+           most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """Decode an image as `decode_picture` does and return it as uint8 (height, width, channels) in [0, 255]."""
-    return np.asarray(decode_picture(content, shape, min_size=min_size), np.uint8).reshape(shape)
+    return np.asarray(decode_picture(content, shape, min_size=min_size, most_pixels=most_pixels),
+                      np.uint8).reshape(shape)
 
 
-def decode_picture(content: bytes, shape: tuple[int, int, int], *, min_size: int = 1) -> Image.Image:
+def decode_picture(content: bytes, shape: tuple[int, int, int], *, min_size: int = 1,
+                   most_pixels: int = MOST_PIXELS) -> Image.Image:
     """Decode an image and bring it to 8 bits, the channels and the size of a shape (height, width, channels).
 
     The decoder decides, not the name: whatever is one of FORMATS is taken. The orientation that a camera noted is
@@ -68,6 +71,7 @@ def decode_picture(content: bytes, shape: tuple[int, int, int], *, min_size: int
 
     Args:
         min_size: pixels that the shorter side has at least.
+        most_pixels: pixels that the whole has at most, by its header.
 
     Raises:
         DataError: the short reason why this is no image to work with.
@@ -77,14 +81,14 @@ def decode_picture(content: bytes, shape: tuple[int, int, int], *, min_size: int
     if len(content) > MOST_BYTES:
         raise DataError(f"the file has more than {MOST_BYTES:,} bytes")
     try:
-        _check_size(_webp_size(content), 1)
+        _check_size(_webp_size(content), 1, most_pixels)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _check_size(image.size, min_size)
+            _check_size(image.size, min_size, most_pixels)
             return _brought_to(image, shape)
     except UnidentifiedImageError:
         raise DataError("not an image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"has more than {MOST_PIXELS:,} pixels") from None
+        raise DataError(f"has more than {most_pixels:,} pixels") from None
     except MemoryError:
         raise DataError("needs too much memory to decode") from None
     except _DAMAGE as error:
@@ -92,12 +96,12 @@ def decode_picture(content: bytes, shape: tuple[int, int, int], *, min_size: int
         raise DataError(f"truncated or damaged ({why or type(error).__name__})") from None
 
 
-def _check_size(size: tuple[int, int] | None, min_size: int) -> None:
+def _check_size(size: tuple[int, int] | None, min_size: int, most_pixels: int) -> None:
     if size is None:
         return
     width, height = size
-    if width * height > MOST_PIXELS:
-        raise DataError(f"{width}x{height} pixels are more than {MOST_PIXELS:,}")
+    if width * height > most_pixels:
+        raise DataError(f"{width}x{height} pixels are more than {most_pixels:,}")
     if min(width, height) < min_size:
         raise DataError(f"{width}x{height} pixels is smaller than {min_size}")
 

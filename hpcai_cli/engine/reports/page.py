@@ -1,7 +1,7 @@
 """The report as one HTML page that opens anywhere: pictures inside, no script, nothing fetched, everything escaped."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from hpcai_cli.console import format_value
@@ -50,19 +50,27 @@ def page(document: Mapping, pictures: Mapping[str, bytes]) -> str:
     title = f"Evaluation of {document['model']}"
     facts = {"data": document["data"], "split": document["split"], "examples": document["examples"],
              "format": document["format"], "decision threshold": document["decision_threshold"]}
-    parts = [f"<h1>{_text(title)}</h1>", "<dl>", *(
-        f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value is not None),
-        "</dl>", *_parts(document, pictures)]
+    return whole(title, [f"<h1>{text(title)}</h1>", *fact_list(facts), *_parts(document, pictures)],
+                 "Intervals: 95 %, percentile bootstrap over the examples. One that is a single point tells nothing: "
+                 "no resample could differ. Written by hpcai evaluate.")
+
+
+def whole(title: str, parts: Iterable[str], footer: str) -> str:
+    """Return a page of parts that are HTML already; title and footer are text."""
     return "\n".join([
         "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         # Even if something slipped through the escaping, a browser would neither run nor fetch it.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         'style-src \'unsafe-inline\'">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{_text(title)}</title>",
-        f"<style>{_STYLE}</style>", "</head>", "<body>", *parts,
-        "<footer>Intervals: 95 %, percentile bootstrap over the examples. One "
-        "that is a single point tells nothing: no resample could differ. Written by hpcai evaluate.</footer>",
-        "</body>", "</html>", ""])
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{text(title)}</title>",
+        f"<style>{_STYLE}</style>", "</head>", "<body>", *parts, f"<footer>{escape(footer)}</footer>", "</body>",
+        "</html>", ""])
+
+
+def fact_list(facts: Mapping) -> list[str]:
+    """Return names and values as a list; a value that is None is left out."""
+    return ["<dl>", *(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items()
+                      if value is not None), "</dl>"]
 
 
 def metric_rows(document: Mapping) -> tuple[Sequence[str], list[tuple]]:
@@ -114,57 +122,61 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 
 def _parts(document: Mapping, pictures: Mapping[str, bytes]) -> Iterator[str]:
-    yield from ("<h2>Metrics</h2>", *_table("The whole split", *metric_rows(document)))
+    yield from ("<h2>Metrics</h2>", *table("The whole split", *metric_rows(document)))
     if "comparison" in document:
         found = document["comparison"]
-        yield f"<h2>Against {_text(found['model'])}</h2>"
-        yield from _table("Differences are this model minus the other, on the same examples; the intervals are paired",
-                          *comparison_rows(document))
-        yield f"<p>{_text(comparison_words(found))}</p>"
+        yield f"<h2>Against {text(found['model'])}</h2>"
+        yield from table("Differences are this model minus the other, on the same examples; the intervals are paired",
+                         *comparison_rows(document))
+        yield f"<p>{text(comparison_words(found))}</p>"
         if found["changed"]:
-            yield from _table("Examples with another answer", ("row", "true", "this model", "the other"),
-                              [(str(row["row"]), row["label"], row["answer"], row["other_answer"])
-                               for row in found["changed"]], most=MOST_CHANGED)
+            yield from table("Examples with another answer", ("row", "true", "this model", "the other"),
+                             [(str(row["row"]), row["label"], row["answer"], row["other_answer"])
+                              for row in found["changed"]], most=MOST_CHANGED)
     if "slices" in document:
-        yield from ("<h2>Slices</h2>", *_table(f"By {document['by']}", *slice_rows(document)))
+        yield from ("<h2>Slices</h2>", *table(f"By {document['by']}", *slice_rows(document)))
     if "robustness" in document:
         found = document["robustness"]
-        yield from ("<h2>Robustness</h2>", *_table(
+        yield from ("<h2>Robustness</h2>", *table(
             f"{_words(found['metric'])}: {format_value(found['clean'])} on the pictures as they are, "
             f"{format_value(found['mean'])} on average under these corruptions", *robustness_rows(document)))
         yield from _picture("robustness", pictures)
     if "classes" in document:
         # A class that never occurs has no areas; the columns are those that any class has.
         names = list(dict.fromkeys(name for row in document["classes"] for name in row))
-        yield from ("<h2>Classes</h2>", *_table("Figures by class", [_words(name) for name in names], [
+        yield from ("<h2>Classes</h2>", *table("Figures by class", [_words(name) for name in names], [
             tuple(row.get(name) for name in names) for row in document["classes"]]))
     for name in ("confusion", "curves", "reliability", "residuals"):
         yield from _picture(name, pictures)
     columns = tuple(document["hardest"][0])
-    yield from ("<h2>The hardest examples</h2>", *_picture("hardest", pictures), *_table(
+    yield from ("<h2>The hardest examples</h2>", *_picture("hardest", pictures), *table(
         "Those with the highest loss", columns,
         [(str(row["row"]), *(row[name] for name in columns[1:])) for row in document["hardest"]]))
 
 
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
-           most: int = MOST_ROWS) -> list[str]:
+def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
+          most: int = MOST_ROWS) -> list[str]:
+    """Return a table as HTML; of many rows the first ones."""
     more = f" (the first {most} of {len(rows):,})" if len(rows) > most else ""
-    lines = [f'<div class="table"><table><caption>{_text(caption + more)}</caption>', "<thead><tr>",
-             *(f'<th scope="col">{_text(column)}</th>' for column in columns), "</tr></thead>", "<tbody>"]
+    lines = [f'<div class="table"><table><caption>{text(caption + more)}</caption>', "<thead><tr>",
+             *(f'<th scope="col">{text(column)}</th>' for column in columns), "</tr></thead>", "<tbody>"]
     for first, *others in rows[:most]:
-        lines.append(f'<tr><th scope="row">{_text(first)}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in others)
+        lines.append(f'<tr><th scope="row">{text(first)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in others)
                      + "</tr>")
     return [*lines, "</tbody></table></div>"]
 
 
 def _picture(name: str, pictures: Mapping[str, bytes]) -> list[str]:
-    if name not in pictures:
-        return []
-    source = "data:image/png;base64," + base64.b64encode(pictures[name]).decode()
-    caption = escape(CAPTIONS[name])
-    return [f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>']
+    return [figure(pictures[name], CAPTIONS[name])] if name in pictures else []
 
 
-def _text(value: object) -> str:
+def figure(content: bytes, caption: str) -> str:
+    """Return a PNG as HTML; the caption is also its text where it cannot be seen."""
+    source = "data:image/png;base64," + base64.b64encode(content).decode()
+    caption = escape(caption)
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
+def text(value: object) -> str:
     """Return a value as HTML shows it: names come from strangers, with whatever signs and however long."""
     return escape(printable(format_value(value)))

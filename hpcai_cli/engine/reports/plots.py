@@ -16,7 +16,7 @@ LONGEST_NAME = 30
 
 
 @contextmanager
-def _figure(content: io.BytesIO, *, size: tuple[float, float], axes: tuple[int, int] = (1, 1)) -> Iterator:
+def figure(content: io.BytesIO, *, size: tuple[float, float], axes: tuple[int, int] = (1, 1)) -> Iterator:
     """Give axes to draw on (inches of the whole, rows and columns), and write them as a PNG at the end."""
     import matplotlib
 
@@ -27,13 +27,13 @@ def _figure(content: io.BytesIO, *, size: tuple[float, float], axes: tuple[int, 
     with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
         # Names in a script that the font lacks are drawn as boxes; a line for each sign would be said otherwise.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots(*axes)
-        figure.savefig(content, dpi=120, bbox_inches="tight", format="png")
+        drawing = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(drawing)
+        yield drawing.subplots(*axes)
+        drawing.savefig(content, dpi=120, bbox_inches="tight", format="png")
 
 
-def _plain(name: str, longest: int = LONGEST_NAME) -> str:
+def plain(name: str, longest: int = LONGEST_NAME) -> str:
     """Return a stranger's name as it can be drawn: no formula (a dollar sign begins one), and not longer than that."""
     return (name if len(name) <= longest else name[:longest - 3] + "...").replace("$", r"\$")
 
@@ -46,8 +46,8 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> by
     written = len(class_names) <= MOST_NAMED
     side = max(4.0, 0.6 * min(len(class_names), MOST_NAMED) + 1.5)
     content = io.BytesIO()
-    with _figure(content, size=(side, side)) as axes:
-        ConfusionMatrixDisplay(np.array(matrix), display_labels=[_plain(name) for name in class_names] if written
+    with figure(content, size=(side, side)) as axes:
+        ConfusionMatrixDisplay(np.array(matrix), display_labels=[plain(name) for name in class_names] if written
                                else None).plot(ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical",
                                                values_format="d", include_values=written)
         if not written:
@@ -58,9 +58,9 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> by
 def curves(kept: Sequence[Mapping]) -> bytes:
     """Draw the ROC and the precision-recall curves of some classes side by side, with their areas."""
     content = io.BytesIO()
-    with _figure(content, size=(11, 4.8), axes=(1, 2)) as (left, right):
+    with figure(content, size=(11, 4.8), axes=(1, 2)) as (left, right):
         for curve in kept:
-            name = _plain(curve["class"])
+            name = plain(curve["class"])
             left.plot(*np.transpose(curve["roc"]), label=f"{name}, area {curve['roc_auc']:.4f}")
             right.plot(*np.transpose(curve["precision_recall"]), drawstyle="steps-pre",
                        label=f"{name}, average precision {curve['average_precision']:.4f}")
@@ -79,7 +79,7 @@ def reliability(found: Mapping) -> bytes:
     content, bins = io.BytesIO(), found["bins"]
     centres = [(row["low"] + row["high"]) / 2 for row in bins]
     width = bins[0]["high"] - bins[0]["low"]
-    with _figure(content, size=(5, 5.6), axes=(2, 1)) as (upper, lower):
+    with figure(content, size=(5, 5.6), axes=(2, 1)) as (upper, lower):
         upper.bar(centres, [row["accuracy"] for row in bins], width, edgecolor="white", label="accuracy")
         upper.plot([row["confidence"] for row in bins], [row["accuracy"] for row in bins], "o", color="black",
                    markersize=3, label="at its mean confidence")
@@ -96,7 +96,7 @@ def reliability(found: Mapping) -> bytes:
 def residuals(predicted: np.ndarray, labels: np.ndarray, histogram: Mapping) -> bytes:
     """Draw predicted against true values, float (n,) both, and the histogram of the errors."""
     content = io.BytesIO()
-    with _figure(content, size=(11, 4.8), axes=(1, 2)) as (left, right):
+    with figure(content, size=(11, 4.8), axes=(1, 2)) as (left, right):
         if len(labels) > MOST_DOTS:
             left.hexbin(labels, predicted, gridsize=60, bins="log", cmap="Blues", mincnt=1)
         else:
@@ -114,21 +114,21 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> bytes:
     """Draw pictures, uint8 (n, height, width, channels), n at least 1, with a caption (of a few lines) below each."""
     rows = -(-len(images) // SHEET_COLUMNS)
     content = io.BytesIO()
-    with _figure(content, size=(1.9 * SHEET_COLUMNS, 2.5 * rows), axes=(rows, SHEET_COLUMNS)) as axes:
+    with figure(content, size=(1.9 * SHEET_COLUMNS, 2.5 * rows), axes=(rows, SHEET_COLUMNS)) as axes:
         for axis in axes.flat:
             axis.axis("off")
         for axis, image, caption in zip(axes.flat, images, captions, strict=False):
             # Three channels are colours; of any other number the first is shown as gray.
             shown = image if image.shape[-1] == 3 else image[..., 0]
             axis.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title("\n".join(_plain(line, 20) for line in caption.split("\n")), fontsize=8)
+            axis.set_title("\n".join(plain(line, 20) for line in caption.split("\n")), fontsize=8)
     return content.getvalue()
 
 
 def robustness(found: Mapping) -> bytes:
     """Draw the main metric by severity, a line per corruption."""
     content, rows, metric = io.BytesIO(), found["rows"], found["metric"]
-    with _figure(content, size=(6, 4)) as axes:
+    with figure(content, size=(6, 4)) as axes:
         for name in dict.fromkeys(row["corruption"] for row in rows):
             own = [row for row in rows if row["corruption"] == name]
             axes.plot([0, *(row["severity"] for row in own)], [found["clean"], *(row[metric] for row in own)], "o-",

@@ -157,19 +157,24 @@ def _check(document: object) -> None:
         "task": document.get("task") in ("classification", "regression"),
         "inputs": document.get("inputs") in ("images", "features"),
         "input_shape": 0 < size <= _MOST_NUMBERS and (len(shape) == 3) == (document.get("inputs") == "images"),
-        "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names)
+        "class_names": isinstance(names, list) and all(map(_is_text, names))
                        and (len(names) >= 2) == (document.get("task") == "classification") and len(names) != 1,
         "decision_threshold": threshold is None or (type(threshold) in (int, float) and 0 <= threshold <= 1),
         "files": isinstance(files, dict) and all(
             _inside(name) and isinstance(said, dict) and re.fullmatch(r"[0-9a-f]{64}", str(said.get("sha256")))
             for name, said in files.items()),
-        "encoding": isinstance(document.get("encoding", {}), dict),
+        "encoding": isinstance(document.get("encoding") or {}, dict),
     }
     if wrong := [name for name, holds in rules.items() if not holds]:
         raise ValueError(f"its {', '.join(wrong)} cannot be")
     file = document.get("file")
     if not isinstance(file, str) or not any(name == file or name.startswith(f"{file}/") for name in files):
         raise ValueError("its file is not among its files")
+
+
+def _is_text(name: object) -> bool:
+    """Tell whether it can stand in an answer: JSON can hold halves of signs that UTF-8 cannot."""
+    return isinstance(name, str) and not re.search("[\ud800-\udfff]", name)
 
 
 def _inside(name: str) -> bool:

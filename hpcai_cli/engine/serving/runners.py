@@ -16,7 +16,12 @@ LARGEST_FILE = 2**31 - 1
 """Bytes of a file that is read as a whole; TFLite and ONNX can hold no more."""
 
 
-def open_scores(artefact: Artefact, *, threads: int, trust: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+LARGEST_BATCH = 256
+"""Examples that a model answers at once; more are answered in parts."""
+
+
+def open_scores(artefact: Artefact, *, threads: int, trust: bool = False,
+                most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
     """Open an exported model, as `scores_of` does; what it returns is for one thread at a time.
 
     Raises:
@@ -24,11 +29,11 @@ def open_scores(artefact: Artefact, *, threads: int, trust: bool = False) -> Cal
         MissingError: its library is not installed.
     """
     return scores_of(artefact.kind, artefact.file, input_shape=artefact.input_shape, columns=artefact.columns,
-                     owner=f"the export of {artefact.name}", threads=threads, trust=trust)
+                     owner=f"the export of {artefact.name}", threads=threads, trust=trust, most=most)
 
 
 def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: int, owner: str,
-              threads: int, trust: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+              threads: int, trust: bool = False, most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
     """Open a model file and return its inference.
 
     Inputs as stored, (b, *input_shape) for any b, uint8 or float32 -> scores, float32 (b, columns): a logit per class,
@@ -39,13 +44,15 @@ def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: i
         columns: of two classes the model itself may have one output, the logit of the second.
         owner: whose examples these are, as errors name it.
         trust: leave out the checks against files that run code, and the trial in a process of its own.
+        most: examples that a TFLite model is tried and run with at once.
 
     Raises:
         DataError: the file is broken, or has what is not allowed; later, it does not fit what it is given.
         MissingError: its library is not installed.
     """
     try:
-        outputs_of = _RUNNERS[kind](file, tuple(input_shape), threads, trust)
+        outputs_of = _tflite(file, threads, trust, most) if kind == "tflite" else _RUNNERS[kind](
+            file, tuple(input_shape), threads, trust)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     return _scored(outputs_of, file, columns, owner)
@@ -53,10 +60,10 @@ def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: i
 
 # ---- Kinds ---------------------------------------------------------------------------------------------------------
 
-def _tflite(file: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Callable:
+def _tflite(file: Path, threads: int, trust: bool, most: int) -> Callable:
     from hpcai_cli.engine import tflite_file
 
-    return tflite_file.runner(_content(file), threads=threads, trusted=trust)
+    return tflite_file.runner(_content(file), threads=threads, trusted=trust, most=most)
 
 
 def _onnx(file: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Callable:
@@ -81,7 +88,7 @@ def _keras(file: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Cal
     return lambda inputs: compiled(tf.constant(inputs)).numpy()
 
 
-_RUNNERS = {"tflite": _tflite, "onnx": _onnx, "saved_model": _saved_model, "keras": _keras}
+_RUNNERS = {"onnx": _onnx, "saved_model": _saved_model, "keras": _keras}
 
 
 def _content(file: Path) -> bytes:

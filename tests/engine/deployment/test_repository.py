@@ -19,7 +19,6 @@ def models(tmp_path):
 
 
 def test_versions_are_numbers_with_a_model(models):
-    assert repository.versions(models) == [1, 2, 10]
     assert repository.current(models) == 10
     # A folder that holds a number already is never written into.
     assert repository.next_version(models).name == "12"
@@ -47,8 +46,14 @@ def test_a_current_version_that_is_not_there(models, said):
 
 
 def test_no_repository(tmp_path):
-    with pytest.raises(DataError, match="there is no version of a model here"):
+    with pytest.raises(DataError, match="expected the folder of an export"):
         repository.roll_back(tmp_path / "nothing", None)
+
+
+def test_one_export_has_no_versions(tmp_path):
+    (tmp_path / "artefact.json").touch()
+    with pytest.raises(UsageError, match="this is one export and no folder of versions"):
+        repository.roll_back(tmp_path, None)
 
 
 def test_delivery_replaces_as_a_whole(tmp_path):

@@ -1,0 +1,233 @@
+"""Serve: what the server adds to a model's own time, how much it bears, and how other servers do with the same file.
+
+The server has one half of the cores, the client that sends at constant rates the other.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from hpcai_cli import console
+from hpcai_cli.engine.benchmarks import open_loop, peer_servers
+from hpcai_cli.engine.benchmarks.measure import Figure, Setting, median
+from hpcai_cli.engine.deployment import formats
+from hpcai_cli.engine.serving import artefact as artefacts
+from hpcai_cli.engine.serving import runners
+from hpcai_cli.errors import HpcaiError
+from hpcai_cli.recipe import Recipe
+from hpcai_cli.run import write_json
+
+ROUNDS = 3
+SECONDS = 3.0
+"""Of one load."""
+QUIET_RATE = 100.0
+"""Requests per second at which what the server adds is seen alone."""
+BEARABLE = 0.98
+"""Share of the offered requests that are answered by a server that bears them."""
+STEP = 1.25
+"""Between two rates that are tried."""
+FAR_BELOW = 3.0
+"""Milliseconds of p99 under which the next rate is twice as high."""
+PEER_LIMITS = {"litserve": 1.5, "mlserver": 1.5, "flask": 15.0}
+"""How many times their throughput is promised."""
+_START_SECONDS = 60.0
+
+
+def measure(setting: Setting) -> list[Figure]:
+    """Start servers of one MNIST model, ours and those of the peers whose Python was given, and load them in turn."""
+    recipe, build_model = setting.recipes["mnist"]
+    server_cores, client_cores = _shares()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "mnist"
+        example = _write_model(recipe, build_model, folder)
+        figures = _own(folder, example, server_cores, client_cores)
+        if not setting.peers:
+            console.note("serve: other servers are left out; give their Python as in --peer litserve=/venv/bin/python")
+        for name, python in setting.peers.items():
+            figures += _beside(name, python, folder, example, server_cores, client_cores)
+        return [*figures, *_cold_start(folder, example)]
+
+
+def _shares() -> tuple[set[int], set[int]]:
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    return set(cores[:half]), set(cores[half:]) or set(cores)
+
+
+def _write_model(recipe: Recipe, build_model: Callable, folder: Path) -> np.ndarray:
+    """Write an untrained model, which takes as long as a trained one, and return one example."""
+    folder.mkdir()
+    model, shape = build_model(recipe), recipe.input_shape
+    for kind in ("tflite", "keras"):
+        formats.write(model, kind, folder, input_shape=shape, dtype=np.uint8)
+    write_json(folder / artefacts.DOCUMENT, {
+        "schema": artefacts.SCHEMA, "name": "mnist", "kind": "tflite", "file": "model.tflite", "task": "classification",
+        "class_names": list(recipe.class_names), "decision_threshold": None, "inputs": "images",
+        "input_shape": list(shape), "files": {"model.tflite": {"sha256": artefacts.digest(folder / "model.tflite")}}})
+    return np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
+
+
+# ---- Ours ----------------------------------------------------------------------------------------------------------
+
+def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure]:
+    request, added, over_one, over_eight, tails = _binary_request(example), [], [], [], []
+    with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
+                   "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull], cores) as port:
+        for _ in range(ROUNDS):
+            single, eight = _in_process(folder, example, cores, 1), _in_process(folder, example, cores, 8)
+            quiet = _load(port, request, QUIET_RATE, client_cores)
+            added.append(quiet.percentile(50) - 1000 * single)
+            most = _throughput(port, request, client_cores)
+            over_one.append(most * single)
+            over_eight.append(most * eight / 8)
+            busy = _load(port, request, 0.7 * most, client_cores)
+            tails.append(busy.percentile(99) / busy.percentile(50))
+    what = "one MNIST image, binary, one worker"
+    return [median("serve", f"added by the server at the median, {what}", added, "ms", limit=1.0, at_most=True),
+            median("serve", f"throughput against the model's own at batch 1, {what}", over_one, "ratio", limit=0.8),
+            median("serve", "throughput against the model's own at batch 8", over_eight, "ratio", limit=0.7),
+            median("serve", "p99 against p50 at 70 % of the throughput", tails, "ratio", limit=3.0, at_most=True)]
+
+
+def _in_process(folder: Path, example: np.ndarray, cores: set[int], size: int) -> float:
+    """Return the seconds of one call of the model in this process on the server's cores, the median of rounds."""
+    before, batch = os.sched_getaffinity(0), np.repeat(example, size, axis=0)
+    os.sched_setaffinity(0, cores)
+    try:
+        forward = runners.open_scores(artefacts.Artefact.open(folder), threads=len(cores), trust=True)
+        rounds = []
+        for _ in range(5):
+            calls, started = 0, time.perf_counter()
+            while time.perf_counter() - started < 0.2:
+                forward(batch)
+                calls += 1
+            rounds.append((time.perf_counter() - started) / calls)
+        return statistics.median(rounds)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _cold_start(folder: Path, example: np.ndarray) -> list[Figure]:
+    """Time from the start of a server's process to its first answer."""
+    request, times = _binary_request(example), []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--port", "{port}",
+                       "--log-file", os.devnull], os.sched_getaffinity(0)) as port:
+            outcome = open_loop.drive(port, request, rate=1, seconds=0.01, connections=1)
+            if outcome.statuses.get(200) != 1:
+                raise HpcaiError("the server did not answer its first request", received=outcome.statuses)
+            times.append(time.perf_counter() - started)
+    return [median("serve", "start of a server to its first answer, TFLite", times, "s", limit=1.5, at_most=True)]
+
+
+# ---- Others --------------------------------------------------------------------------------------------------------
+
+def _beside(name: str, python: str, folder: Path, example: np.ndarray, cores: set[int],
+            client_cores: set[int]) -> list[Figure]:
+    """Load ours and another server in turn, with the same kind of body: JSON, since all of them take it."""
+    data = {"instances": example.tolist()}
+    path = {"mlserver": "/v2/models/peer/infer"}.get(name, "/predict")
+    tensor = {"inputs": [{"name": "images", "shape": list(example.shape), "datatype": "UINT8",
+                          "data": example.ravel().tolist()}]}
+    headers = {"Content-Type": "application/json"}
+    theirs = open_loop.request_of(path, json.dumps(tensor if name == "mlserver" else data).encode(), headers)
+    ours = open_loop.request_of("/v2/models/mnist/infer", json.dumps(tensor).encode(), headers)
+    command = [python, peer_servers.__file__, name, str(folder / "model.tflite"), "{port}", str(len(cores))]
+    own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
+           "--port", "{port}", "--log-file", os.devnull]
+    ratios, rates = [], []
+    with _serving(own, cores) as our_port, _serving(command, cores) as their_port:
+        for _ in range(ROUNDS):
+            mine = _throughput(our_port, ours, client_cores)
+            rates.append(_throughput(their_port, theirs, client_cores))
+            ratios.append(mine / rates[-1])
+    return [median("serve", f"throughput of {name}, JSON", rates, "1/s"),
+            median("serve", f"our throughput over that of {name}", ratios, "ratio", limit=PEER_LIMITS[name])]
+
+
+# ---- Loads ---------------------------------------------------------------------------------------------------------
+
+def _binary_request(example: np.ndarray) -> bytes:
+    head = json.dumps({"inputs": [{"name": "images", "shape": list(example.shape), "datatype": "UINT8",
+                                   "parameters": {"binary_data_size": example.nbytes}}],
+                       "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}]}).encode()
+    return open_loop.request_of("/v2/models/mnist/infer", head + example.tobytes(), {
+        "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))})
+
+
+def _load(port: int, request: bytes, rate: float, cores: set[int]) -> open_loop.Outcome:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        return open_loop.drive(port, request, rate=rate, seconds=SECONDS)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _throughput(port: int, request: bytes, cores: set[int]) -> float:
+    """Return the highest rate of answers at a constant rate of requests that the server bears, in 1/s."""
+    rate, best = 20.0, 0.0
+    while True:
+        outcome = _load(port, request, rate, cores)
+        best = max(best, outcome.answered)
+        if outcome.answered < BEARABLE * outcome.offered or set(outcome.statuses) != {200}:
+            return best
+        # Far below what it bears, the steps are larger.
+        rate *= 2.0 if outcome.percentile(99) < FAR_BELOW else STEP
+
+
+@contextmanager
+def _serving(command: list[str], cores: set[int]) -> Iterator[int]:
+    """Start a server on cores of its own, wait until it listens, and end it; `{port}` in the command is its port."""
+    port = _free_port()
+    words = [word.format(port=port) for word in command]
+    environ: Mapping = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(len(cores))}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, env=environ, stdout=said, stderr=said, start_new_session=True,
+                                   preexec_fn=lambda: os.sched_setaffinity(0, cores))
+        try:
+            _wait(process, port, said)
+            yield port
+        finally:
+            # Some peers leave the processes behind that they started.
+            for stop in (15, 9):
+                try:
+                    os.killpg(process.pid, stop)
+                except ProcessLookupError:
+                    break
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    continue
+            process.wait()
+
+
+def _wait(process: subprocess.Popen, port: int, said) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            open_loop.drive(port, b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", rate=100, seconds=0.01,
+                            connections=1)
+            return
+        except HpcaiError:
+            time.sleep(0.02)
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()[-1:]
+    raise HpcaiError("a server of the benchmark does not start", received=lines[0] if lines else process.poll())
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
