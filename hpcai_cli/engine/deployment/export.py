@@ -15,7 +15,8 @@ from hpcai_cli import __version__, console
 from hpcai_cli.engine import inference, machine, model_file
 from hpcai_cli.engine.deployment import formats, model_card, parity, repository
 from hpcai_cli.engine.serving import artefact as artefacts
-from hpcai_cli.engine.serving import statistics, trial
+from hpcai_cli.engine.serving import statistics
+from hpcai_cli.engine.serving.trial import Trial, latencies
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import GateError, MissingError, UnsuitableError, UsageError
 from hpcai_cli.recipe import Recipe
@@ -83,25 +84,28 @@ def export(order: Order) -> dict:
     with contextlib.ExitStack() as stack:
         made = {kind: Path(stack.enter_context(tempfile.TemporaryDirectory(
             dir=target.parent, prefix=f".{target.name}-"))) / "export" for kind in kinds}
-        reports = {}
+        trials, reports = {}, {}
         for kind, folder in made.items():
             try:
-                reports[kind] = _make(order, source, kind, name, folder)
+                trial, reports[kind] = _make(order, source, kind, name, folder)
+                trials[kind] = stack.enter_context(trial)
             except (UnsuitableError, MissingError, GateError) as error:
                 if len(kinds) == 1:
                     raise
                 console.note(f"{kind} is left out: {error}")
         if not reports:
             raise GateError("no format agrees with its model", expected=", ".join(kinds), mend="see the lines above")
-        best = min(reports, key=lambda kind: reports[kind]["cost"]["milliseconds"]["1"])
-        choice = {"measured": {kind: report["cost"] for kind, report in reports.items()}, "chosen": best}
+        costs = {kind: {"milliseconds": found, **trials[kind].cost} for kind, found in zip(
+            trials, latencies(list(trials.values())), strict=True)}
+        best = min(costs, key=lambda kind: costs[kind]["milliseconds"]["1"])
+        choice = {"measured": costs, "chosen": best}
         _finish(source, made[best], reports[best], choice)
         repository.deliver(made[best], target, force=order.force)
     if order.into:
         repository.set_current(target.parent, target.name)
     return {"schema": "hpcai.export/1", "command": "deploy export", "run": str(opened.run.folder), "name": name,
-            "folder": str(target), "format": best, "metrics": reports[best]["parity"]["metrics"],
-            "parity": reports[best]["parity"], "serving": choice}
+            "folder": str(target), "format": best, "metrics": reports[best]["metrics"], "parity": reports[best],
+            "serving": choice}
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -160,8 +164,8 @@ def _scores(opened: inference.Opened, inputs: np.ndarray) -> np.ndarray:
     return np.concatenate([opened.forward(inputs[start:start + size]) for start in range(0, len(inputs), size)])
 
 
-def _make(order: Order, source: _Source, kind: str, name: str, folder: Path) -> dict:
-    """Write one format into a folder, and judge it in a process like a server's."""
+def _make(order: Order, source: _Source, kind: str, name: str, folder: Path) -> tuple[Trial, dict]:
+    """Write one format into a folder, and return the process that has opened it, and its parity report."""
     opened, recipe = source.opened, source.recipe
     folder.mkdir()
     if opened.kind == "keras":
@@ -173,12 +177,15 @@ def _make(order: Order, source: _Source, kind: str, name: str, folder: Path) -> 
     write_json(folder / "reference.json", source.reference)
     write_json(folder / artefacts.DOCUMENT, _document(source, kind, name, file.name, folder))
     console.note(f"{kind}: comparing {len(source.labels):,} answers")
-    scores, cost = trial.answer(folder, source.inputs, threads=machine.cores(), trust=order.trust)
-    threshold = opened.run.decision_threshold()
-    report = parity.compare(recipe, source.labels, source.scores, scores, threshold=threshold,
-                            tolerance=order.tolerance)
-    parity.require(report, kind)
-    return {"parity": report, "cost": cost}
+    trial = Trial(folder, source.inputs, threads=machine.cores(), trust=order.trust)
+    try:
+        report = parity.compare(recipe, source.labels, source.scores, trial.scores, tolerance=order.tolerance,
+                                threshold=opened.run.decision_threshold())
+        parity.require(report, kind)
+    except BaseException:
+        trial.__exit__()
+        raise
+    return trial, report
 
 
 def _document(source: _Source, kind: str, name: str, file: str, folder: Path) -> dict:
@@ -203,9 +210,10 @@ def _document(source: _Source, kind: str, name: str, file: str, folder: Path) ->
 
 def _finish(source: _Source, folder: Path, report: dict, choice: dict) -> None:
     """Write what is said of the model beside it, and list all files."""
-    write_json(folder / "parity.json", report["parity"])
+    write_json(folder / "parity.json", report)
     document = json.loads((folder / artefacts.DOCUMENT).read_text())
-    write_bytes(folder / "MODEL_CARD.md", model_card.text(source.opened.run, source.recipe, document, report).encode())
+    write_bytes(folder / "MODEL_CARD.md", model_card.text(
+        source.opened.run, source.recipe, document, report, choice["measured"][choice["chosen"]]).encode())
     document = _document(source, document["kind"], document["name"], document["file"], folder) | {"serving": choice}
     write_json(folder / artefacts.DOCUMENT, document)
     artefacts.Artefact.open(folder).verify()

@@ -12,15 +12,16 @@ _MOST_CLASSES = 50
 """That are named; more are counted."""
 
 
-def text(run: Run, recipe: Recipe, document: Mapping, report: Mapping) -> str:
+def text(run: Run, recipe: Recipe, document: Mapping, parity: Mapping, cost: Mapping) -> str:
     """Return the card as Markdown, in the order of arXiv 1810.03993.
 
     Args:
         document: artefact.json of the export.
-        report: its `parity` and its `cost`.
+        parity: what `parity.compare` found.
+        cost: `milliseconds` of a call by batch size, and `peak_memory_mb`.
     """
     parts = [f"# {document['name']}", _details(run, recipe, document), _data(run, recipe, document),
-             _metrics(report["parity"]), _answering(document, report), _limits(run, recipe, report["parity"])]
+             _metrics(parity), _answering(document, cost), _limits(run, recipe, parity)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,12 +71,12 @@ def _metrics(parity: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _answering(document: Mapping, report: Mapping) -> str:
+def _answering(document: Mapping, cost: Mapping) -> str:
     lines = ["## Cost", "", "Where it was exported: milliseconds of a call with so many examples, and the peak memory "
              "of the process.", "", "| batch | milliseconds |", "|---|---|"]
-    lines += [f"| {size} | {value:.3g} |" for size, value in report["cost"]["milliseconds"].items()]
+    lines += [f"| {size} | {value:.3g} |" for size, value in cost["milliseconds"].items()]
     size = sum(said["bytes"] for said in document["files"].values())
-    return "\n".join([*lines, "", f"Memory {report['cost']['peak_memory_mb']:.0f} MB; files {size / 1e6:.2f} MB."])
+    return "\n".join([*lines, "", f"Memory {cost['peak_memory_mb']:.0f} MB; files {size / 1e6:.2f} MB."])
 
 
 def _limits(run: Run, recipe: Recipe, parity: Mapping) -> str:

@@ -10,7 +10,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,38 +30,81 @@ LONGEST = 1800
 """Seconds that a trial may take."""
 
 
-def answer(folder: Path, inputs: np.ndarray, *, threads: int, trust: bool = False) -> tuple[np.ndarray, dict]:
-    """Return the scores, float32 (n, columns), of an export for inputs as stored, and what answering cost.
+class Trial:
+    """A process that has opened an export and answered examples; it waits to be timed, and ends with the context.
 
-    The cost: `milliseconds` of one call by batch size, `peak_memory_mb` of the process, `open_seconds` from the start
-    of the process to the opened model.
+    Attributes:
+        scores: its answers, float32 (n, columns).
+        cost: `peak_memory_mb` of the process, and `open_seconds` from its start to the opened model.
+
+    Args:
+        inputs: examples as stored, (n, *input_shape).
+        trust: leave out the checks of what runs code.
 
     Raises:
         DataError: the model cannot be opened or does not answer.
         MissingError: its library is not installed.
     """
-    with tempfile.TemporaryDirectory() as place:
-        np.save(Path(place) / "inputs.npy", inputs)
-        command = [sys.executable, "-m", "hpcai_cli.engine.serving.trial", str(folder), place, str(threads)]
+
+    def __init__(self, folder: Path, inputs: np.ndarray, *, threads: int, trust: bool = False):
+        self._folder, self._place = folder, tempfile.TemporaryDirectory()
+        np.save(Path(self._place.name) / "inputs.npy", inputs)
+        command = [sys.executable, "-m", "hpcai_cli.engine.serving.trial", str(folder), self._place.name, str(threads)]
         environ = os.environ | {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3",
                                 "TRIAL_STARTED": str(time.time())}
+        self._said = (Path(self._place.name) / "said").open("w+")
+        self._process = subprocess.Popen([*command, *(["--trust-model"] if trust else [])], env=environ, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
+        self._watch = threading.Timer(LONGEST, self._process.kill)
+        self._watch.start()
         try:
-            done = subprocess.run([*command, *(["--trust-model"] if trust else [])], env=environ, timeout=LONGEST,
-                                  capture_output=True, text=True, errors="replace", check=False)
-        except subprocess.TimeoutExpired:
-            raise DataError(f"the model in {folder} takes too long to answer",
-                            expected=f"at most {LONGEST} s") from None
-        if done.returncode == 0:
-            return np.load(Path(place) / "scores.npy"), json.loads(done.stdout.splitlines()[-1])
-    kind = {MissingError.exit_code: MissingError}.get(done.returncode, DataError)
-    said = (done.stderr.strip().splitlines() or [f"it ends its process (exit status {done.returncode})"])[-1]
-    raise kind(f"the model in {folder} cannot be used: {printable(said)}")
+            self.cost = self._line()
+            self.scores = np.load(Path(self._place.name) / "scores.npy")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> "Trial":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._watch.cancel()
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+        self._place.cleanup()
+
+    def round(self) -> dict[str, float]:
+        """Return the milliseconds of one call by batch size, the mean over as many calls as fit into SECONDS."""
+        self._process.stdin.write("time\n")
+        self._process.stdin.flush()
+        return self._line()
+
+    def _line(self) -> dict:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._said.seek(0)
+        said = (self._said.read().strip().splitlines() or [f"it ends its process (exit status {code})"])[-1]
+        kind = MissingError if code == MissingError.exit_code else DataError
+        raise kind(f"the model in {self._folder} cannot be used: {printable(said)}")
+
+
+def latencies(trials: Sequence[Trial]) -> list[dict[str, float]]:
+    """Return for each trial the milliseconds of one call by batch size, medians of rounds in which all take turns."""
+    rounds = [[trial.round() for trial in trials] for _ in range(ROUNDS)]
+    return [{size: statistics.median(found[place][size] for found in rounds) for size in map(str, BATCH_SIZES)}
+            for place in range(len(trials))]
 
 
 def _main(folder: str, place: str, threads: str, *flags: str) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    # What a library prints is not to stand between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     try:
         artefact = Artefact.open(Path(folder))
         artefact.verify()
@@ -73,24 +118,21 @@ def _main(folder: str, place: str, threads: str, *flags: str) -> None:
     except HpcaiError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    cost = {"milliseconds": _latencies(forward, inputs), "peak_memory_mb": _peak_memory(), "open_seconds": opened}
-    print(json.dumps(cost))
-
-
-def _latencies(forward, inputs: np.ndarray) -> dict[str, float]:
-    """Return the milliseconds of one call by batch size, the median of interleaved rounds."""
+    print(json.dumps({"peak_memory_mb": _peak_memory(), "open_seconds": opened}), file=answers, flush=True)
     batches = {size: np.resize(inputs, (size, *inputs.shape[1:])) for size in BATCH_SIZES}
-    rounds = {size: [] for size in BATCH_SIZES}
-    for batch in batches.values():
-        forward(batch), forward(batch)
-    for _ in range(ROUNDS):
-        for size, batch in batches.items():
-            calls, started = 0, time.perf_counter()
-            while (spent := time.perf_counter() - started) < SECONDS or not calls:
-                forward(batch)
-                calls += 1
-            rounds[size].append(spent / calls)
-    return {str(size): 1000 * statistics.median(found) for size, found in rounds.items()}
+    for _ in sys.stdin:
+        found = {str(size): 1000 * _seconds(forward, batch) for size, batch in batches.items()}
+        print(json.dumps(found), file=answers, flush=True)
+
+
+def _seconds(forward: Callable, batch: np.ndarray) -> float:
+    # The first call after another size plans its memory anew.
+    forward(batch)
+    calls, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < SECONDS or not calls:
+        forward(batch)
+        calls += 1
+    return spent / calls
 
 
 def _peak_memory() -> float:
