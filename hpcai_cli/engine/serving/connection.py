@@ -30,6 +30,33 @@ _REFUSALS = {
 }
 
 
+class _Together:
+    """Writes the head of an answer with its body: each write is a system call, and wakes the client."""
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport, self._head, self._passed = transport, b"", False
+        self.is_closing = transport.is_closing
+
+    def write(self, content: bytes) -> None:
+        if self._passed or content.startswith(b"HTTP/1.1 100"):
+            self._transport.write(content)
+        elif self._head:
+            self._transport.write(self._head + content)
+            self._passed = True
+        else:
+            self._head = content
+
+    def flush(self) -> None:
+        """Write a head without a body."""
+        if self._head and not self._passed:
+            self._transport.write(self._head)
+            self._passed = True
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class Connection(HttpToolsProtocol):
     """One connection of a client."""
 
@@ -119,8 +146,13 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._fail(431 if self._head_size > LARGEST_HEAD or len(self.headers or ()) > MOST_HEADERS else 400)
 
+    def on_response_complete(self) -> None:
+        self._active.transport.flush()
+        super().on_response_complete()
+
     def _start_asgi_task(self, cycle, app) -> None:
         self._active = cycle
+        cycle.transport = _Together(cycle.transport)
         super()._start_asgi_task(cycle, app)
 
     def _has_unread(self) -> bool:

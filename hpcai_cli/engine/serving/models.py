@@ -12,7 +12,7 @@ import numpy as np
 from hpcai_cli.engine.serving import model_folders
 from hpcai_cli.engine.serving.artefact import Artefact
 from hpcai_cli.engine.serving.batching import Batcher, Bounds
-from hpcai_cli.engine.serving.metrics import Metrics
+from hpcai_cli.engine.serving.metrics import Metrics, Row
 from hpcai_cli.engine.serving.settings import Settings
 from hpcai_cli.engine.serving.statistics import Recorder, path_of
 from hpcai_cli.engine.serving.tensors import RequestError
@@ -182,12 +182,16 @@ class Models:
         return Version(artefact, version, digest, batcher, recorder)
 
 
-def _recorded(recorder: Recorder, row) -> Callable[[np.ndarray, np.ndarray], None]:
-    """Return what counts a batch; its failure is told, and fails no request."""
+def _recorded(recorder: Recorder, row: Row) -> Callable[[np.ndarray, np.ndarray], None]:
+    """Return what counts a batch; its failure is told once, and fails no request."""
+    failures = []
+
     def ran(inputs: np.ndarray, scores: np.ndarray) -> None:
         row.batch(len(inputs))
         try:
             recorder.record(inputs, scores)
         except Exception as error:
-            print(f"statistics: {type(error).__name__}: {printable(str(error))}", file=sys.stderr, flush=True)
+            if not failures:
+                failures.append(type(error))
+                print(f"statistics: {type(error).__name__}: {printable(str(error))}", file=sys.stderr, flush=True)
     return ran

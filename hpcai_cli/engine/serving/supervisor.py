@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
+from hpcai_cli.engine.serving.reloads import Child, Reloads
 from hpcai_cli.engine.serving.settings import Settings
 from hpcai_cli.engine.serving.wire import Wire
 from hpcai_cli.engine.serving.worker import STOP_SECONDS, Start, work
@@ -23,47 +24,18 @@ _LONGEST_PAUSE = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
-@dataclass(eq=False)
-class _Child:
-    """A worker as its parent sees it."""
-
-    slot: int
-    pid: int
-    end: socket.socket
-    wire: Wire
-    round: int
-    """Number of the last reload when it was started."""
-    ready: float = 0.0
-    """When it began to answer; 0 before."""
-    failed: tuple[int, str] | None = None
-    """Exit code and sentence with which it could not start."""
-
-
-@dataclass
-class _Round:
-    """A reload of all workers."""
-
-    number: int
-    waiting: set[int]
-    """Pids of those that are not done."""
-    asked: list[tuple[_Child, int]]
-    """Who wants to know of its end, and under which number."""
-    problems: set[str] = field(default_factory=set)
-
-
 class Supervisor:
     """Keeps the workers of one server alive, in a process that has no threads and opens no model."""
 
     def __init__(self, settings: Settings, folders: Mapping[str, Path], listener: socket.socket, state: Path):
         self._settings, self._folders, self._listener, self._state = settings, folders, listener, state
         self._selector = selectors.DefaultSelector()
-        self._children: dict[int, _Child] = {}
+        self._children: dict[int, Child] = {}
         self._later: dict[int, float] = {}
         self._failures = dict.fromkeys(range(settings.workers), 0)
         self._proven: set[str] = set()
-        self._round: _Round | None = None
-        self._rounds, self._wanted = 0, []
-        self._reload_wanted = self._all_ready = False
+        self._reloads = Reloads(self._ready, _say)
+        self._all_ready = False
         self._stopping, self._until = 0, float("inf")
         self._signals: list[int] = []
 
@@ -108,19 +80,31 @@ class Supervisor:
     def _start(self, slot: int) -> None:
         ours, theirs = socket.socketpair()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
+        # A signal that came before the worker has its own ways would be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._be_a_worker(slot, ours, theirs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        theirs.close()
+        child = self._children[pid] = Child(slot, pid, ours, Wire(ours), self._reloads.number)
+        self._selector.register(ours, selectors.EVENT_READ, child)
+
+    def _be_a_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+        try:
             # A worker that held another's end would keep it from seeing that the parent is gone.
             for end in (ours, *(child.end for child in self._children.values())):
                 end.close()
             self._selector.close()
             work(Start(self._settings, self._folders, self._listener, theirs, self._state, slot,
                        frozenset(self._proven), not self._all_ready))
-        theirs.close()
-        child = self._children[pid] = _Child(slot, pid, ours, Wire(ours), self._rounds)
-        self._selector.register(ours, selectors.EVENT_READ, child)
+        finally:
+            # Whatever happens, no second parent comes of it.
+            os._exit(1)
 
-    def _hear(self, child: _Child) -> None:
+    def _hear(self, child: Child) -> None:
         messages = child.wire.receive()
         if messages is None:
             self._selector.unregister(child.end)
@@ -132,23 +116,20 @@ class Supervisor:
             elif "failed" in message:
                 child.failed = message["failed"], message["error"]
             elif "ask" in message:
-                self._reload([(child, message["ask"])])
-            elif "reloaded" in message and self._round and message["reloaded"] == self._round.number:
-                self._round.problems |= set(message["problems"])
-                self._done(child.pid)
+                self._reloads.ask(child, message["ask"])
+            elif "reloaded" in message:
+                self._reloads.done(child, message["reloaded"], message["problems"])
 
-    def _is_ready(self, child: _Child, problems: list[str]) -> None:
+    def _is_ready(self, child: Child, problems: list[str]) -> None:
         child.ready = time.monotonic()
         for problem in problems:
             _say(problem)
-        if child.round != self._rounds:
-            # Models have changed while it was loading them.
-            child.wire.send({"reload": 0})
+        self._reloads.catch_up(child)
         if not self._all_ready and len(self._ready()) == self._settings.workers:
             self._all_ready = True
             _say(f"ready: {_address(self._settings, self._listener)}")
 
-    def _ready(self) -> list[_Child]:
+    def _ready(self) -> list[Child]:
         return [child for child in self._children.values() if child.ready]
 
     def _bury(self) -> None:
@@ -164,11 +145,11 @@ class Supervisor:
                 self._selector.unregister(child.end)
             child.end.close()
             del self._children[child.pid]
-            self._done(child.pid)
+            self._reloads.is_gone(child)
             if not self._stopping:
                 self._replace(child, os.waitstatus_to_exitcode(status))
 
-    def _replace(self, child: _Child, code: int) -> None:
+    def _replace(self, child: Child, code: int) -> None:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lasted = child.ready and time.monotonic() - child.ready > 1
         failures = self._failures[child.slot] = 0 if lasted else self._failures[child.slot] + 1
@@ -182,11 +163,11 @@ class Supervisor:
         pause = min(_LONGEST_PAUSE, 0.1 * 2**failures) if failures > 1 else 0
         self._later[child.slot] = time.monotonic() + pause
 
-    # ---- Signals and reloads ---------------------------------------------------------------------------------------
+    # ---- Signals ---------------------------------------------------------------------------------------
 
     def _receive(self, number: int) -> None:
         if number == signal.SIGHUP:
-            self._reload([])
+            self._reloads.ask()
         elif number != signal.SIGCHLD:
             self._stopping += 1
             if self._stopping > 1:
@@ -196,37 +177,6 @@ class Supervisor:
             self._listener.close()
             for child in self._children.values():
                 os.kill(child.pid, signal.SIGTERM)
-
-    def _reload(self, asked: list[tuple[_Child, int]]) -> None:
-        """Have all workers load what is new; while they do, what is asked for waits for the next time."""
-        self._wanted += asked
-        self._reload_wanted = True
-        if self._round is None and not self._stopping:
-            self._rounds += 1
-            self._reload_wanted = False
-            self._round = _Round(self._rounds, {child.pid for child in self._ready()}, self._wanted)
-            self._wanted = []
-            for child in self._ready():
-                child.wire.send({"reload": self._rounds})
-            self._done(0)
-
-    def _done(self, pid: int) -> None:
-        """Take note that a worker has reloaded, or is gone; after the last one, tell who asked."""
-        if self._round is None:
-            return
-        self._round.waiting.discard(pid)
-        if self._round.waiting:
-            return
-        ended, self._round = self._round, None
-        for problem in sorted(ended.problems):
-            _say(f"not loaded: {problem}")
-        if not ended.problems:
-            _say("reloaded")
-        for child, number in ended.asked:
-            if child.pid in self._children:
-                child.wire.send({"done": number, "problems": sorted(ended.problems)})
-        if self._reload_wanted:
-            self._reload([])
 
     @contextmanager
     def _listening_to_signals(self):

@@ -58,9 +58,11 @@ def work(start: Start) -> NoReturn:
     code, wire = 1, Wire(start.control)
     try:
         signal.set_wakeup_fd(-1)
-        for number, action in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_IGN),
-                               (signal.SIGTERM, signal.SIG_DFL), (signal.SIGCHLD, signal.SIG_DFL)):
+        actions = {signal.SIGINT: signal.SIG_IGN, signal.SIGHUP: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL,
+                   signal.SIGCHLD: signal.SIG_DFL}
+        for number, action in actions.items():
             signal.signal(number, action)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, actions)
         # It would tell of each broken form, which the answer does.
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
         # A model's thread has its answers ready, and should not wait long for the loop to let it tell.

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -375,6 +376,26 @@ def test_three_times_the_load_is_refused_in_part_and_the_rest_answered_soon(expo
         assert not late and len(waits) > rate / 4 and len(refusals) > len(waits) / 4
         assert np.percentile(waits, 99) < 4
         assert served.ask("POST", INFER, body).status == 200
+
+
+def test_more_connections_than_a_worker_holds(exports, kit, serve, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4096:
+        pytest.skip("this process may not open as many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    try:
+        with serve(exports.write(tmp_path / "tiny")) as served, contextlib.ExitStack() as opened:
+            clients = [opened.enter_context(socket.create_connection(("127.0.0.1", served.port), 10))
+                       for _ in range(1020)]
+            statuses = []
+            for client in clients:
+                client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+                statuses.append(client.recv(4096).split()[1])
+            assert statuses == [b"200"] * 1000 + [b"503"] * 20
+            opened.close()
+            until(lambda: answers(served))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---- Workers that die ----------------------------------------------------------------------------------------------
