@@ -43,6 +43,11 @@ def test_the_wheel_holds_every_package_and_nothing_else(wheel):
                           ("recipes", "hpcai_cli/recipes")):
         for path in (ROOT / source).rglob("*.py"):
             assert f"{place}/{path.relative_to(ROOT / source)}" in inside
+    everything = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("serving", "deployment/templates"):
+        for path in (ROOT / "hpcai_cli/engine" / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert str(path.relative_to(ROOT)) in everything
 
 
 @pytest.mark.timeout(900)

@@ -4,7 +4,7 @@ ONNX lets a tensor name another file, or a place in memory, as where its values 
 Runtime's own open files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from hpcai_cli.errors import DataError, MissingError, printable
 
 DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 """Where the operators that the standard defines are from."""
+PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+"""What runs a model, the first of them that is installed and finds its device; each takes over what the one before
+lacks."""
 TYPES = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 """Inputs that stored examples can become."""
 
@@ -41,7 +44,8 @@ def runner(content: bytes, *, threads: int) -> tuple[Callable[[np.ndarray], np.n
         _check(model)
         onnx.checker.check_model(model)
         # Written again, so that what runs is what was checked, however the two would read the same bytes.
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options,
+                                               providers=providers_of(onnxruntime.get_available_providers()))
         if (len(session.get_inputs()), len(session.get_outputs())) != (1, 1):
             raise ValueError(f"it has the inputs {', '.join(given.name for given in session.get_inputs())} and "
                              f"{len(session.get_outputs())} outputs")
@@ -54,6 +58,11 @@ def runner(content: bytes, *, threads: int) -> tuple[Callable[[np.ndarray], np.n
                         expected="one input, one output, standard operators and all weights in the file") from None
     shape = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in given.shape)
     return lambda inputs: session.run([taken.name], {given.name: inputs})[0], shape, TYPES[given.type]
+
+
+def providers_of(available: Iterable[str]) -> list[str]:
+    """Return those of PROVIDERS that are available, in their order."""
+    return [name for name in PROVIDERS if name in set(available)]
 
 
 def _check(model) -> None:

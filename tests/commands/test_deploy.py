@@ -3,6 +3,11 @@
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,8 @@ from hpcai_cli.engine.deployment import formats
 from hpcai_cli.engine.serving import trial
 
 ROWS = "x,y,kind,label\n"
+PROGRAM = str(Path(sys.executable).parent / "hpcai")
+DIGIT = Path(__file__).parents[1] / "digit.png"
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +178,98 @@ def test_there_is_one_already(hpcai, runs):
     done = hpcai("deploy", "export", "digits", "--format", "keras")
     assert done.exit_code == 2 and "replace it with --force" in done.stderr
     exported(hpcai("deploy", "export", "digits", "--format", "keras", "--force", "--json"))
+
+
+@contextmanager
+def serving(*words: str):
+    """Run `hpcai deploy serve` in a process of its own, and yield it and its address."""
+    process = subprocess.Popen([PROGRAM, "deploy", "serve", "--port", "0", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        said = [process.stderr.readline()]
+        while said[-1] and not said[-1].startswith("ready: "):
+            said.append(process.stderr.readline())
+        assert said[-1], said
+        yield process, said[-1].split()[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(address: str, document: dict) -> dict:
+    request = urllib.request.Request(address, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def rows(count: int, shift: float = 0.0, seed: int = 1) -> list[dict]:
+    source = np.random.default_rng(seed)
+    return [{"x": float(x) + shift, "kind": str(kind)} for x, kind in zip(
+        source.normal(size=count), source.choice(["red", "blue"], count), strict=True)]
+
+
+def test_a_run_is_served_and_ends_on_a_signal(hpcai, runs):
+    done = hpcai("deploy", "serve", "digits")
+    assert done.exit_code == 3 and "make one with `hpcai deploy export digits`" in done.stderr
+    exported(hpcai("deploy", "export", "digits", "--format", "tflite", "--json"))
+    with serving("shown=digits", "--log-file", "requests.jsonl") as (process, address):
+        content = DIGIT.read_bytes()
+        request = urllib.request.Request(f"{address}/v2/models/shown/predict", content, {"Content-Type": "image/png"})
+        with urllib.request.urlopen(request, timeout=30) as said:
+            answer = json.load(said)["answers"][0]
+        predicted = json.loads(hpcai("predict", "digits", DIGIT, "--json").stdout)
+        assert answer["label"] == predicted["label"]
+        assert answer["probability"] == pytest.approx(predicted["probability"], abs=1e-5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    (line,) = [json.loads(line) for line in Path("requests.jsonl").read_text().splitlines()]
+    assert (line["model"], line["status"]) == ("shown", 200)
+
+
+def test_a_change_of_the_inputs_is_seen(hpcai, runs):
+    exported(hpcai("deploy", "export", "classes", "--format", "onnx", "--into", "models", "--json"))
+    with serving("models", "--state", "state", "--log-file", "requests.jsonl") as (_, address):
+        asked = ("deploy", "monitor", "models/table")
+        few = exported(hpcai(*asked, address, "--json"))
+        assert few["holds"] and {check["state"] for check in few["checks"]} <= {"too few to tell", "no threshold"}
+        said = ask(f"{address}/v2/models/table/predict", {"rows": rows(400)})
+        same = exported(hpcai(*asked, address, "--json"))
+        assert same["answers"] == 400 and same["holds"]
+        Path("labels.csv").write_text("id,label\n" + "".join(
+            f"{said['id']}/{place},{answer['label']}\n" for place, answer in enumerate(said["answers"][:4])))
+        known = exported(hpcai(*asked, "state", "--labels", "labels.csv", "--log", "requests.jsonl", "--json"))
+        assert known["live_accuracy"]["accuracy"] == 1
+        ask(f"{address}/v2/models/table/predict", {"rows": rows(800, shift=3.0)})
+        done = hpcai(*asked, "state", "--output", "watch", "--json")
+    assert done.exit_code == 5 and "psi of input x" in done.stderr
+    assert "psi of input x" in json.loads(done.stdout)["failed"]
+    assert json.loads(Path("watch/monitor.json").read_text())["holds"] is False
+    assert "<img" in Path("watch/report.html").read_text()
+    assert 'hpcai_monitor_holds{model="table"} 0.0' in hpcai(*asked, "state", "--metrics").stdout
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["models/table", "nowhere"], 3, "no statistics of the model table here"),
+    (["nothing", "state"], 3, "expected the folder of an export"),
+    (["models/table", "state", "--labels", "labels.csv"], 2, "belong together"),
+    (["models/table", "state", "--accuracy", "0.9"], 2, "an accuracy needs labels"),
+    (["models/table", "http://127.0.0.1:9/"], 1, "cannot reach the server"),
+    (["models/table", "state", "--json", "--metrics"], 2, "there is one result"),
+])
+def test_what_cannot_be_watched(hpcai, runs, words, code, said):
+    exported(hpcai("deploy", "export", "classes", "--format", "onnx", "--into", "models", "--json"))
+    Path("nowhere").mkdir()
+    done = hpcai("deploy", "monitor", *words)
+    assert (done.exit_code, done.stdout) == (code, "") and said in done.stderr
+
+
+def test_a_bundle_of_the_current_version(hpcai, runs):
+    exported(hpcai("deploy", "export", "digits", "--format", "tflite", "--into", "models", "--json"))
+    document = exported(hpcai("deploy", "bundle", "models/mnist-mlp", "--output", "server", "--json"))
+    assert (document["model"], document["format"], document["folder"]) == ("mnist-mlp", "tflite", "server")
+    assert {"start.sh", "Dockerfile", "kubernetes", "requirements.txt", "model", "lib"} <= {
+        path.name for path in Path("server").iterdir()}
+    done = hpcai("deploy", "bundle", "models/mnist-mlp", "--output", "server")
+    assert done.exit_code == 2 and "server" in done.stderr
+    # A bundle is itself something that can be served, bundled and watched.
+    assert hpcai("deploy", "bundle", "server", "--edge", "--output", "edge").exit_code == 0
+    assert Path("edge/run.py").is_file()

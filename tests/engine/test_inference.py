@@ -449,3 +449,11 @@ def test_without_onnxruntime(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingError, match=r"pip install 'hpcai\[onnx\]'"):
         open_model(run.folder / "m.onnx")
+
+
+def test_onnx_runs_on_the_best_that_is_installed():
+    from hpcai_cli.engine.onnx_file import providers_of
+
+    assert providers_of(["AzureExecutionProvider", "CPUExecutionProvider"]) == ["CPUExecutionProvider"]
+    assert providers_of(["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]) == [
+        "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]

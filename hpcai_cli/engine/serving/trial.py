@@ -50,8 +50,7 @@ class Trial:
         self._folder, self._place = folder, tempfile.TemporaryDirectory()
         np.save(Path(self._place.name) / "inputs.npy", inputs)
         command = [sys.executable, "-m", "hpcai_cli.engine.serving.trial", str(folder), self._place.name, str(threads)]
-        environ = os.environ | {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3",
-                                "TRIAL_STARTED": str(time.time())}
+        environ = os.environ | {"PYTHONSAFEPATH": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TRIAL_STARTED": str(time.time())}
         self._said = (Path(self._place.name) / "said").open("w+")
         self._process = subprocess.Popen([*command, *(["--trust-model"] if trust else [])], env=environ, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
