@@ -119,7 +119,7 @@ class Soak:
         load, tally = self._load(OVERLOAD * self.most, seconds, connections=CROWD)
         outcome = load.result()
         offered = (len(tally.sent) - 1) / (max(tally.sent) - min(tally.sent)) / self.most
-        taken, p99 = outcome.statuses.get(200, 0), outcome.percentile(99) / 1000
+        taken, p99 = outcome.statuses.get(200, 0), float(np.percentile(tally.seconds or [np.inf], 99))
         return [Finding("overload, times what it bears", f"{offered:.2f}", f"about {OVERLOAD:g}",
                         offered > 0.9 * OVERLOAD),
                 Finding("refused with 503 and Retry-After", f"{tally.statuses[503]:,}", "some",

@@ -1,6 +1,5 @@
 """What the soak asks: two versions of a model, requests of several kinds, and the answers that are right."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -151,12 +150,15 @@ class Tally:
     untaken: int = 0
     """Unanswered, the first on their connections, and without a byte: no server had them."""
     sent: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """From when a request was sent until its answer of status 200."""
 
     def __call__(self, answer: Answer) -> None:
         self.statuses[answer.status] += 1
         self.sent.append(answer.sent)
         problem = ""
         if answer.status == 200:
+            self.seconds.append(answer.came - answer.sent)
             problem = self.questions.problem(answer, self.repository.allowed(answer.sent, answer.came))
         elif answer.status == 503:
             head, found, after = answer.content.lower().partition(b"\r\nretry-after: ")

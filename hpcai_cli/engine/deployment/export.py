@@ -84,19 +84,7 @@ def export(order: Order) -> dict:
     with contextlib.ExitStack() as stack:
         made = {kind: Path(stack.enter_context(tempfile.TemporaryDirectory(
             dir=target.parent, prefix=f".{target.name}-"))) / "export" for kind in kinds}
-        trials, reports = {}, {}
-        for kind, folder in made.items():
-            try:
-                trial, reports[kind] = _make(order, source, kind, name, folder)
-                trials[kind] = stack.enter_context(trial)
-            except (UnsuitableError, MissingError, GateError) as error:
-                if len(kinds) == 1:
-                    raise
-                console.note(f"{kind} is left out: {error}")
-        if not reports:
-            raise GateError("no format agrees with its model", expected=", ".join(kinds), mend="see the lines above")
-        costs = {kind: {"milliseconds": found, **trials[kind].cost} for kind, found in zip(
-            trials, latencies(list(trials.values())), strict=True)}
+        reports, costs = _judged(stack, order, source, name, made)
         best = min(costs, key=lambda kind: costs[kind]["milliseconds"]["1"])
         choice = {"measured": costs, "chosen": best}
         _finish(source, made[best], reports[best], choice)
@@ -106,6 +94,30 @@ def export(order: Order) -> dict:
     return {"schema": "hpcai.export/1", "command": "deploy export", "run": str(opened.run.folder), "name": name,
             "folder": str(target), "format": best, "metrics": reports[best]["metrics"], "parity": reports[best],
             "serving": choice}
+
+
+def _judged(stack: contextlib.ExitStack, order: Order, source: _Source, name: str,
+            made: dict[str, Path]) -> tuple[dict, dict]:
+    """Write each format into its folder, and return parity reports and costs of those that agree with their model.
+
+    Raises:
+        GateError: none does. Of a single format, whatever is wrong with it.
+    """
+    trials, reports = {}, {}
+    for kind, folder in made.items():
+        try:
+            trial, reports[kind] = _make(order, source, kind, name, folder)
+            trials[kind] = stack.enter_context(trial)
+        except (UnsuitableError, MissingError, GateError) as error:
+            if len(made) == 1:
+                raise
+            console.note(f"{kind} is left out: {error}")
+    if not reports:
+        raise GateError("no format agrees with its model", expected=", ".join(made), mend="see the lines above")
+    console.note("timing")
+    found = latencies(list(trials.values()))
+    return reports, {kind: {"milliseconds": times, **trial.cost}
+                     for (kind, trial), times in zip(trials.items(), found, strict=True)}
 
 
 def _check_target(target: Path, force: bool) -> None:

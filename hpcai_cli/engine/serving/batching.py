@@ -224,15 +224,20 @@ class Batcher:
         return max(self._bounds.max_batch, int(WAITING_SECONDS / max(self._each, 1e-9)))
 
     def _is_late(self, now: float) -> bool:
-        """Tell whether the oldest that waits has waited longer than it was meant to, full batches apart."""
+        """Tell whether the oldest that waits has waited longer than it was meant to, full batches apart.
+
+        It has not where no batch began since it came: this process was kept from running, and what waits may be little.
+        """
         longest = max(WAITING_SECONDS, 2 * self._each * self._bounds.max_batch) + self._bounds.max_delay
-        return bool(self._entries) and now - self._entries[0].arrived > longest
+        oldest = self._entries[0].arrived if self._entries else now
+        return now - oldest > longest and oldest < self._started
 
     def _learn(self, count: int) -> None:
         """Learn from batches that follow each other at once what an example takes, with all that is around it."""
         now = time.monotonic()
         if self._finished_at:
-            self._each += 0.1 * ((now - self._finished_at) / count - self._each)
+            # Twice as much at most: one moment in which the machine did other things says nothing of the next ones.
+            self._each += 0.1 * (min((now - self._finished_at) / count, 2 * self._each) - self._each)
             self.most = self._room()
         self._finished_at = now if self._entries else 0.0
 
