@@ -108,6 +108,27 @@ def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as
     assert all(figure["value"] > 0 for figure in figures.values())
 
 
+def test_serve_measures_our_server_and_leaves_others_out_with_a_note(hpcai, monkeypatch):
+    from hpcai_cli.engine.benchmarks import serve
+
+    for name, value in {"ROUNDS": 1, "SECONDS": 0.2, "STEP": 4.0}.items():
+        monkeypatch.setattr(serve, name, value)
+    done = hpcai("benchmark", "serve", "--json")
+    assert "--peer litserve=" in done.stderr
+    figures = figures_of(done)
+    for name in ("mnist", "dogs-vs-cats"):
+        answers, calls = (next(figure["value"] for said, figure in figures.items() if said.startswith(name)
+                               and said.endswith(end)) for end in (": answers", "model alone at batch 1"))
+        assert answers > 0 and calls > 0
+    assert 0 < figures["start of a server to its first answer, TFLite"]["value"] < 30
+
+
+@pytest.mark.parametrize("given", ["nginx=/bin/sh", "litserve", "litserve=missing"])
+def test_a_peer_is_one_that_is_known_and_there(hpcai, given):
+    done = hpcai("benchmark", "serve", "--peer", given)
+    assert done.exit_code == 2 and "there is no such peer" in done.stderr
+
+
 def test_the_tutorial_runs_both_sides_on_the_same_split(hpcai, pets, monkeypatch):
     monkeypatch.setattr(tutorial, "ROUNDS", 1)
     figures = figures_of(hpcai("benchmark", "tutorial", "--photographs", pets, "--epochs", "1", "--json"))

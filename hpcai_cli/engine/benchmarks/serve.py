@@ -45,12 +45,13 @@ _START_SECONDS = 60.0
 
 def measure(setting: Setting) -> list[Figure]:
     """Start servers of one MNIST model, ours and those of the peers whose Python was given, and load them in turn."""
-    recipe, build_model = setting.recipes["mnist"]
     server_cores, client_cores = _shares()
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "mnist"
-        example = _write_model(recipe, build_model, folder)
-        figures = _own(folder, example, server_cores, client_cores)
+        figures = []
+        for name in ("dogs-vs-cats", "mnist"):
+            folder = Path(place) / name
+            example = _write_model(*setting.recipes[name], folder)
+            figures += _own(folder, example, server_cores, client_cores)
         if not setting.peers:
             console.note("serve: other servers are left out; give their Python as in --peer litserve=/venv/bin/python")
         for name, python in setting.peers.items():
@@ -71,16 +72,17 @@ def _write_model(recipe: Recipe, build_model: Callable, folder: Path) -> np.ndar
     for kind in ("tflite", "keras"):
         formats.write(model, kind, folder, input_shape=shape, dtype=np.uint8)
     write_json(folder / artefacts.DOCUMENT, {
-        "schema": artefacts.SCHEMA, "name": "mnist", "kind": "tflite", "file": "model.tflite", "task": "classification",
-        "class_names": list(recipe.class_names), "decision_threshold": None, "inputs": "images",
-        "input_shape": list(shape), "files": {"model.tflite": {"sha256": artefacts.digest(folder / "model.tflite")}}})
+        "schema": artefacts.SCHEMA, "name": recipe.name, "kind": "tflite", "file": "model.tflite",
+        "task": "classification", "class_names": list(recipe.class_names), "decision_threshold": None,
+        "inputs": "images", "input_shape": list(shape), "files": {"model.tflite": {"sha256": artefacts.digest(folder / "model.tflite")}}})
     return np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
 
 
 # ---- Ours ----------------------------------------------------------------------------------------------------------
 
 def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure]:
-    request, added, over_one, over_eight, tails = _binary_request(example), [], [], [], []
+    request, added, over_one, over_eight, tails = _binary_request(folder.name, example), [], [], [], []
+    rates, limits = [], []
     with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
                    "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull], cores) as port:
         for _ in range(ROUNDS):
@@ -88,15 +90,20 @@ def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[i
             quiet = _load(port, request, QUIET_RATE, client_cores)
             added.append(quiet.percentile(50) - 1000 * single)
             most = _throughput(port, request, client_cores)
+            rates.append(most)
+            limits.append(1 / single)
             over_one.append(most * single)
             over_eight.append(most * eight / 8)
             busy = _load(port, request, 0.7 * most, client_cores)
             tails.append(busy.percentile(99) / busy.percentile(50))
-    what = "one MNIST image, binary, one worker"
-    return [median("serve", f"added by the server at the median, {what}", added, "ms", limit=1.0, at_most=True),
-            median("serve", f"throughput against the model's own at batch 1, {what}", over_one, "ratio", limit=0.8),
-            median("serve", "throughput against the model's own at batch 8", over_eight, "ratio", limit=0.7),
-            median("serve", "p99 against p50 at 70 % of the throughput", tails, "ratio", limit=3.0, at_most=True)]
+    name = f"{folder.name}, one image, binary, one worker"
+    return [median("serve", f"{name}: added at the median", added, "ms", limit=1.0, at_most=True),
+            median("serve", f"{name}: answers", rates, "1/s"),
+            median("serve", f"{folder.name}: calls of the model alone at batch 1", limits, "1/s"),
+            median("serve", f"{name}: answers over these calls", over_one, "ratio", limit=0.8),
+            median("serve", f"{name}: answers over the examples of the model alone at batch 8", over_eight, "ratio",
+                   limit=0.7),
+            median("serve", f"{name}: p99 over p50 at 70 % of these answers", tails, "ratio", limit=3.0, at_most=True)]
 
 
 def _in_process(folder: Path, example: np.ndarray, cores: set[int], size: int) -> float:
@@ -119,7 +126,7 @@ def _in_process(folder: Path, example: np.ndarray, cores: set[int], size: int) -
 
 def _cold_start(folder: Path, example: np.ndarray) -> list[Figure]:
     """Time from the start of a server's process to its first answer."""
-    request, times = _binary_request(example), []
+    request, times = _binary_request(folder.name, example), []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--port", "{port}",
@@ -158,11 +165,11 @@ def _beside(name: str, python: str, folder: Path, example: np.ndarray, cores: se
 
 # ---- Loads ---------------------------------------------------------------------------------------------------------
 
-def _binary_request(example: np.ndarray) -> bytes:
+def _binary_request(name: str, example: np.ndarray) -> bytes:
     head = json.dumps({"inputs": [{"name": "images", "shape": list(example.shape), "datatype": "UINT8",
                                    "parameters": {"binary_data_size": example.nbytes}}],
                        "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}]}).encode()
-    return open_loop.request_of("/v2/models/mnist/infer", head + example.tobytes(), {
+    return open_loop.request_of(f"/v2/models/{name}/infer", head + example.tobytes(), {
         "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))})
 
 
