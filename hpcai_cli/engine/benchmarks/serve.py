@@ -74,7 +74,8 @@ def _write_model(recipe: Recipe, build_model: Callable, folder: Path) -> np.ndar
     write_json(folder / artefacts.DOCUMENT, {
         "schema": artefacts.SCHEMA, "name": recipe.name, "kind": "tflite", "file": "model.tflite",
         "task": "classification", "class_names": list(recipe.class_names), "decision_threshold": None,
-        "inputs": "images", "input_shape": list(shape), "files": {"model.tflite": {"sha256": artefacts.digest(folder / "model.tflite")}}})
+        "inputs": "images", "input_shape": list(shape),
+        "files": {"model.tflite": {"sha256": artefacts.digest(folder / "model.tflite")}}})
     return np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
 
 
