@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from soak_questions import Questions, Repository, Tally, write_models
 from soak_server import START_SECONDS, WORKERS, Sample, Server
 
 from hpcai_cli.engine.benchmarks import open_loop
+from hpcai_cli.run import write_json
 
 FOLDER = Path("build/soak")
 """Kept where something failed."""
@@ -107,6 +108,7 @@ class Soak:
                 break
             time.sleep(SAMPLED)
         outcome = load.result()
+        write_json(FOLDER / "samples.json", [asdict(sample) for sample in samples])
         return [_all_right(f"answers, {outcome.offered:.0f} per second for {minutes:g} minutes", tally),
                 _equal("requests that were lost", len(tally.unanswered) + tally.untaken, 0),
                 Finding("reloads", f"{done}, the longest {longest:.1f} s", f"{reloads}", done == reloads),

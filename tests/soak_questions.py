@@ -39,8 +39,7 @@ def write_models(folder: Path) -> None:
         layers = keras.layers
         model = keras.Sequential([
             layers.Input(SHAPE), layers.Rescaling(1 / 255), layers.Conv2D(32, 3, activation="relu"),
-            layers.MaxPooling2D(), layers.Conv2D(64, 3, activation="relu"), layers.MaxPooling2D(), layers.Flatten(),
-            layers.Dense(10)])
+            layers.Conv2D(64, 3, activation="relu"), layers.MaxPooling2D(), layers.Flatten(), layers.Dense(10)])
         place = folder / str(number)
         place.mkdir(parents=True)
         formats.write(model, "tflite", place, input_shape=SHAPE, dtype=np.uint8)

@@ -36,6 +36,8 @@ class Application:
 
     Attributes:
         draining: set when the server is to stop: every answer closes its connection then.
+        is_crowded: tells whether an answer had better close its connection too, since other workers have fewer; set by
+            the worker.
         load: makes all workers load what has changed on disk, and returns what could not be; set by the worker.
     """
 
@@ -46,6 +48,7 @@ class Application:
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decoder")
         self._decoding = self._loading = 0
         self.draining = False
+        self.is_crowded: Callable[[], bool] = lambda: False
         self.load: Callable[[], Awaitable[list[str]]] = models.reload
         self._handlers = {name: getattr(self, f"_{name}") for name in METHODS}
 
@@ -90,7 +93,7 @@ class Application:
             where = traceback.extract_tb(error.__traceback__)[-1]
             self._log.event(f"{call.id}: {type(error).__name__}: {error} at {where.filename}:{where.lineno}")
             status, content, headers = 500, b'{"error":"the server failed on this request"}', _JSON
-        await call.answer(status, content, headers, close=self.draining)
+        await call.answer(status, content, headers, close=self.draining or self.is_crowded())
 
     def _check(self, call: Call, endpoint: str) -> None:
         """Raise RequestError for what does not exist, for a wrong method, and for who may not ask."""
@@ -111,6 +114,8 @@ class Application:
     async def _infer(self, call: Call, name: str, version: str | None):
         call.served = served = self._models.find(name, version)
         body = await call.body(self._settings.body_limit, self._settings.timeout)
+        # Before the body is looked into: under overload, what is refused must cost less than what is answered.
+        served.batcher.check()
         request = protocol.parse_infer(served.artefact, body, call.header(b"inference-header-content-length"),
                                        self._limits)
         call.name = request.id or call.id
@@ -128,6 +133,7 @@ class Application:
             name = names[0]
         call.served = served = self._models.find(name, version)
         body = await call.body(self._settings.body_limit, self._settings.timeout)
+        served.batcher.check()
         if self._decoding >= _MOST_DECODING:
             raise RequestError(503, "too many images wait to be decoded", {"Retry-After": "1"})
         self._decoding += 1

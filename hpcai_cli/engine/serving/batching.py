@@ -92,11 +92,8 @@ class Batcher:
             RequestError: 503 there is too much to do, 504 it took too long, 500 the model failed.
         """
         count, size = len(inputs), self._bounds.max_batch
+        self.check(count)
         now = time.monotonic()
-        # A request that alone is more than the bound must have a chance when nothing else is there.
-        if self.taken and (self.taken + count > self.most or self._is_late(now)):
-            pause = max(1, math.ceil(self.taken * self._each))
-            raise RequestError(503, "the server has more to do than it can do in time", {"Retry-After": str(pause)})
         self.taken += count
         deadline = now + self._bounds.seconds
         try:
@@ -108,6 +105,13 @@ class Batcher:
         finally:
             self.taken -= count
             self._stop_if_done()
+
+    def check(self, count: int = 1) -> None:
+        """Raise RequestError, 503, where so many examples more could not be answered in time."""
+        # A request that alone is more than the bound must have a chance when nothing else is there.
+        if self.taken and (self.taken + count > self.most or self._is_late(time.monotonic())):
+            pause = max(1, math.ceil(self.taken * self._each))
+            raise RequestError(503, "the server has more to do than it can do in time", {"Retry-After": str(pause)})
 
     def is_stuck(self) -> bool:
         """Tell whether the model has been running for longer than any request waits."""
@@ -233,11 +237,15 @@ class Batcher:
         return now - oldest > longest and oldest < self._started
 
     def _learn(self, count: int) -> None:
-        """Learn from batches that follow each other at once what an example takes, with all that is around it."""
+        """Learn from batches that follow each other at once what an example takes, with all that is around it.
+
+        Each batch weighs as its examples do: alone, one takes longer than it will among the many that would wait. And
+        a moment in which the machine did other things counts four times an example at most.
+        """
         now = time.monotonic()
         if self._finished_at:
-            # Twice as much at most: one moment in which the machine did other things says nothing of the next ones.
-            self._each += 0.1 * (min((now - self._finished_at) / count, 2 * self._each) - self._each)
+            seen = min((now - self._finished_at) / count, 4 * self._each)
+            self._each += 0.1 * count / self._bounds.max_batch * (seen - self._each)
             self.most = self._room()
         self._finished_at = now if self._entries else 0.0
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import select
+from collections.abc import Callable
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -58,7 +59,13 @@ class _Together:
 
 
 class Connection(HttpToolsProtocol):
-    """One connection of a client."""
+    """One connection of a client.
+
+    Attributes:
+        on_lost: called when it has ended.
+    """
+
+    on_lost: Callable[[], None] = staticmethod(lambda: None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -71,6 +78,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.on_lost()
         self.pipeline.clear()
         if self._is_busy():
             self._active.disconnected = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcai_cli.engine.serving import model_folders
+from hpcai_cli.engine.serving import memory, model_folders
 from hpcai_cli.engine.serving.artefact import Artefact
 from hpcai_cli.engine.serving.batching import Batcher, Bounds
 from hpcai_cli.engine.serving.metrics import Metrics, Row
@@ -18,6 +18,9 @@ from hpcai_cli.engine.serving.statistics import Recorder, path_of
 from hpcai_cli.engine.serving.tensors import RequestError
 from hpcai_cli.engine.serving.warm_up import opened
 from hpcai_cli.errors import DataError, HpcaiError, printable
+
+_LETTING_GO_SECONDS = 1.0
+"""After which nothing holds a version any more that another one has replaced, in most cases."""
 
 
 @dataclass(eq=False)
@@ -125,6 +128,8 @@ class Models:
                     before.pop(id(one), None)
             for one in before.values():
                 one.batcher.retire()
+            if before:
+                loop.call_later(_LETTING_GO_SECONDS, loop.run_in_executor, None, memory.give_back)
         return problems
 
     # ---- Loading ---------------------------------------------------------------------------------------------------

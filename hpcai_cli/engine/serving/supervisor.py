@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from hpcai_cli.engine.serving.reloads import Child, Reloads
 from hpcai_cli.engine.serving.settings import Settings
+from hpcai_cli.engine.serving.shares import Shares
 from hpcai_cli.engine.serving.wire import Wire
 from hpcai_cli.engine.serving.worker import STOP_SECONDS, Start, work
 from hpcai_cli.errors import DataError, HpcaiError, MissingError, UsageError
@@ -34,6 +35,7 @@ class Supervisor:
         self._later: dict[int, float] = {}
         self._failures = dict.fromkeys(range(settings.workers), 0)
         self._proven: set[str] = set()
+        self._shares = Shares(settings.workers)
         self._reloads = Reloads(self._ready, _say)
         self._all_ready = False
         self._stopping, self._until = 0, float("inf")
@@ -79,6 +81,7 @@ class Supervisor:
 
     def _start(self, slot: int) -> None:
         ours, theirs = socket.socketpair()
+        self._shares.leave(slot)
         sys.stderr.flush()
         # A signal that came before the worker has its own ways would be lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -98,7 +101,7 @@ class Supervisor:
             for end in (ours, *(child.end for child in self._children.values())):
                 end.close()
             self._selector.close()
-            work(Start(self._settings, self._folders, self._listener, theirs, self._state, slot,
+            work(Start(self._settings, self._folders, self._listener, theirs, self._state, slot, self._shares,
                        frozenset(self._proven), not self._all_ready))
         finally:
             # Whatever happens, no second parent comes of it.

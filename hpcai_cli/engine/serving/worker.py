@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import uvicorn
 
+from hpcai_cli.engine.serving import memory
 from hpcai_cli.engine.serving.app import Application
 from hpcai_cli.engine.serving.connection import Connection
 from hpcai_cli.engine.serving.listening import Server
@@ -22,6 +23,7 @@ from hpcai_cli.engine.serving.metrics import Metrics
 from hpcai_cli.engine.serving.models import Models, Place
 from hpcai_cli.engine.serving.request_log import RequestLog
 from hpcai_cli.engine.serving.settings import Settings
+from hpcai_cli.engine.serving.shares import Shares
 from hpcai_cli.engine.serving.wire import Wire
 from hpcai_cli.errors import HpcaiError
 
@@ -47,6 +49,7 @@ class Start:
     state: Path
     slot: int
     """Number of the worker."""
+    shares: Shares
     proven: frozenset[str]
     """Digests of exports that other workers have opened."""
     first: bool
@@ -67,6 +70,7 @@ def work(start: Start) -> NoReturn:
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
         # A model's thread has its answers ready, and should not wait long for the loop to let it tell.
         sys.setswitchinterval(0.001)
+        memory.use_one_heap()
         _Worker(start, wire).run()
         code = 0
     except HpcaiError as error:
@@ -103,7 +107,8 @@ class _Worker:
         self._log.close()
 
     async def _serve(self, loop: asyncio.AbstractEventLoop, problems: list[str]) -> None:
-        self._server = Server(_config(self._app, self._start.settings))
+        self._server = Server(_config(self._app, self._start.settings), self._start.shares, self._start.slot)
+        self._app.is_crowded = self._server.is_crowded
         self._server.on_started = lambda: self._started(loop, problems)
         loop.add_signal_handler(signal.SIGTERM, self._stop)
         loop.add_reader(self._start.control, self._hear)

@@ -1,0 +1,57 @@
+"""Models that come and go leave no memory behind."""
+
+import dataclasses
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+RELOADS = 10
+
+
+@pytest.fixture
+def network() -> bytes:
+    """Return a model whose batches take some megabytes."""
+    source = np.random.default_rng(0)
+    first, second = (source.normal(0, 0.1, shape).astype(np.float32) for shape in ((3, 3, 1, 32), (3, 3, 32, 64)))
+
+    def run(images):
+        inner = tf.nn.relu(tf.nn.conv2d(tf.cast(images, tf.float32), first, 1, "VALID"))
+        return tf.reduce_mean(tf.nn.relu(tf.nn.conv2d(inner, second, 1, "VALID")), (1, 2))[:, :3]
+    function = tf.function(run, input_signature=[tf.TensorSpec((None, 28, 28, 1), tf.uint8)])
+    return tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()]).convert()
+
+
+def megabytes(pid: int) -> float:
+    found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(found[1]) / 1024
+
+
+def test_reloads_give_back_what_the_models_had(exports, serve, network, tmp_path):
+    exports = dataclasses.replace(exports, contents={"network": network})
+
+    def deliver(version: int) -> None:
+        # Each has a name of its own, so that none is taken for the one before it.
+        exports.write(tmp_path / "tiny" / str(version), "network", input_shape=[28, 28, 1], version=version)
+        shutil.rmtree(tmp_path / "tiny" / str(version - 2), ignore_errors=True)
+    deliver(1)
+    with serve(tmp_path / "tiny") as served:
+        def reload(versions: range) -> float:
+            for version in versions:
+                deliver(version)
+                done = served.said().count("reloaded\n")
+                served.process.send_signal(signal.SIGHUP)
+                end = time.monotonic() + 30
+                while served.said().count("reloaded\n") == done:
+                    assert time.monotonic() < end, served.said()
+                    time.sleep(0.02)
+            time.sleep(2)
+            return megabytes(served.workers()[0])
+        before = reload(range(2, 4))
+        after = reload(range(4, 4 + RELOADS))
+    assert after < 1.05 * before, (before, after)
