@@ -58,12 +58,12 @@ def test_batches_of_one_do_not_pass_for_what_full_ones_take(kit):
         batcher = Batcher(scores, 1, Bounds(max_batch=32), Cost(0.005, 0.005 / 32))
         before = batcher.most
 
-        async def client(number: int) -> None:
+        async def client() -> None:
             # One comes while the model runs for the other, so that there is always one that waits.
-            await asyncio.sleep(0.002 * number)
             for _ in range(50):
+                await asyncio.sleep(0.002)
                 await batcher.scores(examples(1))
-        await asyncio.gather(client(0), client(1))
+        await asyncio.gather(client(), client(), client())
         assert batcher.most > before / 2
     kit.run(scenario())
 
