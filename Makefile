@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := build/demo
 
-.PHONY: demo test install horovod lint format bench fuzz wheel clean
+.PHONY: demo test install horovod lint format bench fuzz fuzz-server soak wheel clean
 
 demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
 	rm -rf $(RUN) && $(BIN)/hpcai preprocess mnist --source sample --output build/sample.h5 --force
@@ -30,6 +30,12 @@ bench: .venv/test horovod  ## measure the speed claims of the README
 
 fuzz: .venv/test  ## 10,000 mutated files of each format through its reader
 	$(BIN)/python tests/fuzz.py
+
+fuzz-server: .venv/test  ## 10,000 wrong requests to a running server; SCHEMATHESIS=PATH has that program ask it too
+	$(BIN)/python tests/fuzz_server.py $(if $(SCHEMATHESIS),--schemathesis $(SCHEMATHESIS))
+
+soak: .venv/test  ## 20 minutes of load on the server, with reloads, too much of it, a killed worker and the end
+	$(BIN)/python tests/soak.py
 
 wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it
 	$(BIN)/python -m pytest tests/wheel_check.py

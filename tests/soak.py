@@ -47,6 +47,8 @@ WARM, WINDOW = 0.2, 0.2
 """Shares of the steady load: what is left out, and what is compared, right after it and at the end."""
 
 
+SHARE = 0.2
+"""Of the connections that each worker has some seconds after one was replaced."""
 TAKEN = 0.5
 """Share of what it bears that is answered under overload: to refuse costs little."""
 MEASURED, SAMPLED = 5, 0.5
@@ -146,12 +148,16 @@ class Soak:
         os.kill(victim, signal.SIGKILL)
         since = time.perf_counter()
         replaced = self._answer_of_another(before, since + 5 * REPLACED) - since
+        time.sleep(max(0.0, since + seconds / 2 - time.perf_counter()))
+        shares = [len(self._server.ports_of(pid)) for pid in self._server.workers()]
         load.result()
         others = [answer for answer in tally.unanswered if answer.port not in held]
         return [Finding("killed: requests that failed", f"{len(tally.unanswered)}",
                         f"at most those on its {len(held)} connections", not others and tally.untaken == 0),
                 _all_right("answers meanwhile", tally, besides=0),
-                Finding("replaced within", f"{replaced:.2f} s", f"{REPLACED:g} s", replaced <= REPLACED)]
+                Finding("replaced within", f"{replaced:.2f} s", f"{REPLACED:g} s", replaced <= REPLACED),
+                Finding("connections of each worker after it", " and ".join(map(str, shares)),
+                        f"at least {SHARE:.0%} of them", min(shares) >= SHARE * sum(shares) > 0)]
 
     def _answer_of_another(self, before: Sequence[int], until: float) -> float:
         """Return when a worker has answered that was not there before, infinity where none does."""

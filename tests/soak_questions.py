@@ -9,13 +9,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import keras
 import numpy as np
 import orjson
 from PIL import Image
 
+from hpcai_cli import console
 from hpcai_cli.engine.benchmarks.open_loop import Answer, request_of
-from hpcai_cli.engine.deployment import formats
 from hpcai_cli.engine.serving import artefact as artefacts
 from hpcai_cli.engine.serving import runners
 from hpcai_cli.engine.serving.protocol import HEADER_LENGTH, probabilities
@@ -34,20 +33,25 @@ _HEADER = HEADER_LENGTH.lower().encode() + b": "
 
 def write_models(folder: Path) -> None:
     """Write exports 0, 1, ... of a small network for images like MNIST's, each with other weights."""
-    for number in range(MODELS):
-        keras.utils.set_random_seed(number)
+    with console.quiet():
+        import keras
+
+        from hpcai_cli.engine.deployment import formats
+
         layers = keras.layers
-        model = keras.Sequential([
-            layers.Input(SHAPE), layers.Rescaling(1 / 255), layers.Conv2D(32, 3, activation="relu"),
-            layers.Conv2D(64, 3, activation="relu"), layers.MaxPooling2D(), layers.Flatten(), layers.Dense(10)])
-        place = folder / str(number)
-        place.mkdir(parents=True)
-        formats.write(model, "tflite", place, input_shape=SHAPE, dtype=np.uint8)
-        write_json(place / artefacts.DOCUMENT, {
-            "schema": artefacts.SCHEMA, "name": "mnist", "kind": "tflite", "file": "model.tflite",
-            "task": "classification", "class_names": [str(digit) for digit in range(10)], "decision_threshold": None,
-            "inputs": "images", "input_shape": list(SHAPE),
-            "files": {"model.tflite": {"sha256": artefacts.digest(place / "model.tflite")}}})
+        for number in range(MODELS):
+            keras.utils.set_random_seed(number)
+            model = keras.Sequential([
+                layers.Input(SHAPE), layers.Rescaling(1 / 255), layers.Conv2D(32, 3, activation="relu"),
+                layers.Conv2D(64, 3, activation="relu"), layers.MaxPooling2D(), layers.Flatten(), layers.Dense(10)])
+            place = folder / str(number)
+            place.mkdir(parents=True)
+            formats.write(model, "tflite", place, input_shape=SHAPE, dtype=np.uint8)
+            write_json(place / artefacts.DOCUMENT, {
+                "schema": artefacts.SCHEMA, "name": "mnist", "kind": "tflite", "file": "model.tflite",
+                "task": "classification", "class_names": [str(digit) for digit in range(10)],
+                "decision_threshold": None, "inputs": "images", "input_shape": list(SHAPE),
+                "files": {"model.tflite": {"sha256": artefacts.digest(place / "model.tflite")}}})
 
 
 class Repository:

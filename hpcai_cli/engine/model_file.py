@@ -125,9 +125,11 @@ def _check_class(value: dict) -> None:
     name, module = str(value["class_name"]), value.get("module")
     if name in _MARKERS and module is None:
         return
-    if (str(module), name) not in ALLOWED or value.get("registered_name") not in (None, name):
-        raise ValueError(f"it names the class {module}.{name}, which is not on the list of allowed ones; if the "
-                         "file is your own, add --trust-model")
+    registered = value.get("registered_name")
+    if (str(module), name) not in ALLOWED or registered not in (None, name):
+        as_what = "" if registered in (None, name) else f" as {registered}"
+        raise ValueError(f"it names the class {module}.{name}{as_what}, which is not on the list of allowed ones; if "
+                         "the file is your own, add --trust-model")
 
 
 def check_weights(weights: h5py.File, size: int) -> None:

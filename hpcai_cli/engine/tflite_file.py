@@ -26,6 +26,7 @@ LARGEST_BATCH = 256
 _FORBIDDEN = {"CUSTOM", "CALL", "CALL_ONCE", "IF", "WHILE", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE",
               "DELEGATE"}
 """Code of others, other graphs, and memory between two calls: no model of ours has them."""
+_CANNOT = "this TFLite model cannot be run: "
 
 
 class Operator:
@@ -222,8 +223,9 @@ def _trial(connection, light: bool, most: int) -> None:
 
 
 def _unusable(reason: object) -> DataError:
-    first_line = str(reason).strip().split("\n")[0]
-    return DataError(f"this TFLite model cannot be run: {printable(first_line)}", expected="a model.tflite")
+    # What a trial says is such a sentence already.
+    first_line = str(reason).strip().split("\n")[0].removeprefix(_CANNOT).removesuffix("; expected a model.tflite")
+    return DataError(f"{_CANNOT}{printable(first_line)}", expected="a model.tflite")
 
 
 @contextmanager

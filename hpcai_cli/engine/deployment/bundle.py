@@ -8,10 +8,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from hpcai_cli.engine.deployment import bundle_files
 from hpcai_cli.engine.deployment.bundle_requirements import EDGE_PACKAGES, LIBRARIES, SERVER_PACKAGES, pinned
 from hpcai_cli.engine.deployment.bundle_sources import sources
 from hpcai_cli.engine.serving.artefact import DOCUMENT, Artefact, digest
+from hpcai_cli.engine.serving.trial import Trial
 from hpcai_cli.errors import DataError, HpcaiError, UsageError
 from hpcai_cli.run import write_bytes
 
@@ -30,7 +33,7 @@ def write_bundle(artefact: Artefact, output: Path, *, edge: bool = False) -> Pat
 
     Raises:
         UsageError: there is something already, or the model is of a kind that small devices do not run.
-        DataError: the export is not whole.
+        DataError: the export is not whole, or its model cannot be run on a small device.
         MissingError: a package that the bundle needs is not installed here, so that its version is not known.
     """
     if edge and artefact.kind != "tflite":
@@ -39,6 +42,8 @@ def write_bundle(artefact: Artefact, output: Path, *, edge: bool = False) -> Pat
     if os.path.lexists(output):
         raise _taken(output)
     artefact.verify()
+    if edge:
+        _try_out(artefact)
     start, packages = (EDGE_RUNNER, EDGE_PACKAGES) if edge else (SERVER, SERVER_PACKAGES)
     requirements = pinned((*packages, *LIBRARIES[artefact.kind]))
     with _appearing(output) as folder:
@@ -54,6 +59,13 @@ def write_bundle(artefact: Artefact, output: Path, *, edge: bool = False) -> Pat
         sums |= {name: digest(folder / name) for name in texts}
         write_bytes(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
     return output
+
+
+def _try_out(artefact: Artefact) -> None:
+    """Run the model here, in a process that it may crash: a small device does without, for the sake of its time."""
+    dtype = np.uint8 if artefact.inputs == "images" else np.float32
+    with Trial(artefact.folder, np.zeros((1, *artefact.input_shape), dtype), threads=1):
+        pass
 
 
 def _copy_model(artefact: Artefact, folder: Path) -> None:

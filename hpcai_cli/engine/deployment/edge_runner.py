@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hpcai_cli.engine.raw.images import read_bytes
 from hpcai_cli.engine.serving.artefact import Artefact
-from hpcai_cli.engine.serving.examples import answers, image_example, row_examples
+from hpcai_cli.engine.serving.examples import answers, check_encoding, image_example, row_examples
 from hpcai_cli.engine.serving.runners import open_scores
 from hpcai_cli.engine.serving.tensors import RequestError
 from hpcai_cli.errors import DataError, HpcaiError
@@ -39,7 +39,8 @@ def run(folder: Path, words: Sequence[str] | None = None) -> int:
     try:
         artefact = Artefact.open(folder)
         artefact.verify()
-        # What was exported is known by its SHA-256, so that a trial would tell nothing new.
+        check_encoding(artefact)
+        # Whoever made the bundle has tried it out, and its files are known by their SHA-256.
         scores = open_scores(artefact, threads=max(1, asked.threads), trust=True)
     except HpcaiError as error:
         print(f"error: {error}", file=sys.stderr)

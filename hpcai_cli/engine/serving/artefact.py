@@ -6,6 +6,7 @@ started, and bundles (deployment/bundle.py) take the room with them to machines 
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,8 +62,12 @@ class Artefact:
         Raises:
             DataError: a file is missing, is not the one that was exported, or is not listed.
         """
+        here = self.folder.resolve()
         for name, said in self.document["files"].items():
             path = self.folder / name
+            # A link could make any file of this machine part of the export, and a pipe or a device may have no end.
+            if os.path.lexists(path) and not (path.is_file() and path.resolve().is_relative_to(here)):
+                raise DataError(f"{path} is no plain file of the export", expected="a whole export")
             try:
                 found = digest(path)
             except OSError as error:
@@ -178,5 +183,5 @@ def _is_text(name: object) -> bool:
 
 
 def _inside(name: str) -> bool:
-    """Tell whether a file's name stays in the folder."""
-    return not name.startswith("/") and all(part not in ("", ".", "..") for part in name.split("/"))
+    """Tell whether a file's name stays in the folder, and can stand in a message."""
+    return name.isprintable() and all(part not in ("", ".", "..") for part in name.split("/"))

@@ -239,13 +239,14 @@ class Batcher:
     def _learn(self, count: int) -> None:
         """Learn from batches that follow each other at once what an example takes, with all that is around it.
 
-        Each batch weighs as its examples do: alone, one takes longer than it will among the many that would wait. And
-        a moment in which the machine did other things counts four times an example at most.
+        What counts is how much longer than at the warm-up: a small batch takes more for each example than the full
+        ones will that queue up. It counts as its size, and four times at most, since a moment in which the machine did
+        other things says nothing of the next ones.
         """
         now = time.monotonic()
         if self._finished_at:
-            seen = min((now - self._finished_at) / count, 4 * self._each)
-            self._each += 0.1 * count / self._bounds.max_batch * (seen - self._each)
+            seen = self._cost.each * (now - self._finished_at) / max(self._cost.of(count), 1e-9)
+            self._each += 0.1 * count / self._bounds.max_batch * (min(seen, 4 * self._each) - self._each)
             self.most = self._room()
         self._finished_at = now if self._entries else 0.0
 

@@ -34,8 +34,9 @@ _REFUSALS = {
 class _Together:
     """Writes the head of an answer with its body: each write is a system call, and wakes the client."""
 
-    def __init__(self, transport: asyncio.Transport):
-        self._transport, self._head, self._passed = transport, b"", False
+    def __init__(self, transport: asyncio.Transport, *, method: str):
+        # To HEAD there comes no body, and the head would wait until all of the request's body was read.
+        self._transport, self._head, self._passed = transport, b"", method == "HEAD"
         self.is_closing = transport.is_closing
 
     def write(self, content: bytes) -> None:
@@ -160,7 +161,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle, app) -> None:
         self._active = cycle
-        cycle.transport = _Together(cycle.transport)
+        cycle.transport = _Together(cycle.transport, method=cycle.scope["method"])
         super()._start_asgi_task(cycle, app)
 
     def _has_unread(self) -> bool:
@@ -183,7 +184,8 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int) -> None:
         if self._is_busy():
             if self._active.response_started:
-                return self.transport.abort()
+                # All of the answer is written by now; what is broken behind it must not cost the client that.
+                return self._active.transport.close()
             self._active.disconnected = True
             self._active.message_event.set()
         phrase, message = _REFUSALS[status]

@@ -109,7 +109,7 @@ def answers(artefact: Artefact, scores: np.ndarray) -> list[dict]:
 
 
 def _is_column(column: object) -> bool:
-    if not isinstance(column, dict) or type(column.get("missing")) is not int or column["missing"] < 0:
+    if not isinstance(column, dict) or not isinstance(column.get("missing"), int) or column["missing"] < 0:
         return False
     if column.get("kind") == "category":
         texts = [column.get("name"), *(column["categories"] if isinstance(column.get("categories"), list) else [None])]

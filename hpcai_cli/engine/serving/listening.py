@@ -112,7 +112,7 @@ class Server(uvicorn.Server):
         made.setblocking(False)
         task = loop.create_task(self._connect(loop, made))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._connected)
         self._publish()
         return True
 
@@ -127,6 +127,10 @@ class Server(uvicorn.Server):
         connection = Connection(config=self.config, server_state=self.server_state, app_state={})
         connection.on_lost = self._publish
         return connection
+
+    def _connected(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        self._publish()
 
     def _count(self) -> int:
         return len(self.server_state.connections) + len(self._tasks)

@@ -12,6 +12,7 @@ import numpy as np
 from hpcai_cli.engine.serving import memory, model_folders
 from hpcai_cli.engine.serving.artefact import Artefact
 from hpcai_cli.engine.serving.batching import Batcher, Bounds
+from hpcai_cli.engine.serving.examples import check_encoding
 from hpcai_cli.engine.serving.metrics import Metrics, Row
 from hpcai_cli.engine.serving.settings import Settings
 from hpcai_cli.engine.serving.statistics import Recorder, path_of
@@ -175,6 +176,7 @@ class Models:
     def _open(self, name: str, version: str, folder: Path, digest: str) -> Version:
         artefact = Artefact.open(folder)
         artefact.verify()
+        check_encoding(artefact)
         artefact = replace(artefact, document={**artefact.document, "name": name})
         settings, row = self._settings, self._place.metrics.row(name)
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.workers)

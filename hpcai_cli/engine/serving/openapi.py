@@ -125,7 +125,9 @@ def _predict_body(artefact: Artefact) -> dict:
         file = {"type": "string", "contentMediaType": "application/octet-stream"}
         form = {"type": "object", "required": ["image"], "properties": {"image": {"type": "array", "items": file}}}
         return {"multipart/form-data": {"schema": form}, "image/*": {}}
-    row, example = {"type": "array", "items": {"type": "number"}}, [0] * min(artefact.input_shape[0], 1000)
+    width = artefact.input_shape[0]
+    row = {"type": "array", "items": {"type": "number"}, "minItems": width, "maxItems": width}
+    example = [0] * min(width, 1000)
     if artefact.encoding is not None:
         columns = artefact.encoding["columns"]
         row = {"type": "object", "required": [column["name"] for column in columns],

@@ -54,7 +54,8 @@ def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: i
         outputs_of = _tflite(file, threads, trust, most) if kind == "tflite" else _RUNNERS[kind](
             file, tuple(input_shape), threads, trust)
     except DataError as error:
-        raise DataError(f"{file}: {error}") from None
+        # Some name the file themselves.
+        raise error if str(file) in str(error) else DataError(f"{file}: {error}") from None
     return _scored(outputs_of, file, columns, owner)
 
 

@@ -10,11 +10,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from hpcai_cli.engine.serving.settings import Settings, token_of
 from hpcai_cli.errors import HpcaiError, MissingError, UsageError
 
+PACKAGES = ("httptools", "numpy", "orjson", "PIL", "prometheus_client", "python_multipart", "uvicorn", "uvloop")
+"""What a server of any kind of model imports."""
 _BACKLOG = 2048
 _FILES = 8192
 """Descriptors of a process: connections, mostly."""
@@ -35,6 +38,7 @@ def serve(settings: Settings) -> int:
     Raises:
         HpcaiError: a model, the port, a certificate or a folder cannot be used.
     """
+    _check_packages()
     with _listening(settings) as listener:
         # Threads of numpy's library would not survive the fork, and a server of small models has no use for them.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -49,6 +53,14 @@ def serve(settings: Settings) -> int:
             for path in state.glob("metrics-*.bin"):
                 path.unlink()
             return Supervisor(settings, folders, listener, state).run()
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MissingError("the server needs packages of its own", expected=", ".join(PACKAGES),
+                           mend="run `pip install 'hpcai[serve]'`, or for a bundle `pip install -r requirements.txt`",
+                           received=f"no {', '.join(missing)}")
 
 
 def settings_of(argv: Sequence[str] | None) -> Settings:

@@ -58,12 +58,12 @@ def test_batches_of_one_do_not_pass_for_what_full_ones_take(kit):
         batcher = Batcher(scores, 1, Bounds(max_batch=32), Cost(0.005, 0.005 / 32))
         before = batcher.most
 
-        async def client() -> None:
-            # One comes while the model runs for the other, so that there is always one that waits.
-            for _ in range(50):
-                await asyncio.sleep(0.002)
-                await batcher.scores(examples(1))
-        await asyncio.gather(client(), client(), client())
+        # While the model runs for one, the next one comes.
+        asked = []
+        for _ in range(100):
+            asked.append(asyncio.ensure_future(batcher.scores(examples(1))))
+            await asyncio.sleep(0.004)
+        await asyncio.gather(*asked)
         assert batcher.most > before / 2
     kit.run(scenario())
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
+from hpcai_cli.engine.serving import server
+
 INFER = "/v2/models/tiny/infer"
 FORESEEN = {200, 400, 401, 404, 405, 408, 411, 413, 415, 431, 503}
 
@@ -605,3 +607,9 @@ def test_a_token_and_tls(exports, kit, serve, tmp_path):
         assert not raw(served, b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n").startswith(b"HTTP/1.1 200")
         assert status("Authorization: Bearer a-long-token\r\n") == b"200"
         assert "a-long-token" not in served.said()
+
+
+def test_without_its_packages_it_says_what_installs_them(monkeypatch, capsys):
+    monkeypatch.setattr(server, "PACKAGES", (*server.PACKAGES, "no_such_package"))
+    assert server.main(["anything", "--port", "0"]) == 4
+    assert "run `pip install 'hpcai[serve]'`" in capsys.readouterr().err
