@@ -28,21 +28,15 @@ def runner(content: bytes, *, threads: int) -> tuple[Callable[[np.ndarray], np.n
         DataError: the file is broken, or has what is not allowed.
         MissingError: onnx or onnxruntime is not installed.
     """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError("ONNX files need packages of their own", expected="onnx and onnxruntime",
-                           mend="run `pip install 'hpcai[onnx]'`", received=error.name or str(error)) from None
+    model = check(content)
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
     # Its own format is another door, which nothing has checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        model = onnx.load_model_from_string(content)
-        _check(model)
-        onnx.checker.check_model(model)
         # Written again, so that what runs is what was checked, however the two would read the same bytes.
         session = onnxruntime.InferenceSession(model.SerializeToString(), options,
                                                providers=providers_of(onnxruntime.get_available_providers()))
@@ -53,11 +47,37 @@ def runner(content: bytes, *, threads: int) -> tuple[Callable[[np.ndarray], np.n
         if given.type not in TYPES:
             raise ValueError(f"it takes {given.type}, where uint8 or float32 is expected")
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise DataError(f"this ONNX file cannot be used: {printable(first_line)}",
-                        expected="one input, one output, standard operators and all weights in the file") from None
+        raise _unusable(error) from None
     shape = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in given.shape)
     return lambda inputs: session.run([taken.name], {given.name: inputs})[0], shape, TYPES[given.type]
+
+
+def check(content: bytes):
+    """Return the model in a file that refers to nothing outside it and has standard operators only, an onnx.ModelProto.
+
+    Raises:
+        DataError: the file is broken, or has what is not allowed.
+        MissingError: onnx or onnxruntime is not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingError("ONNX files need packages of their own", expected="onnx and onnxruntime",
+                           mend="run `pip install 'hpcai[onnx]'`", received=error.name or str(error)) from None
+    try:
+        model = onnx.load_model_from_string(content)
+        _check(model)
+        onnx.checker.check_model(model)
+        return model
+    except Exception as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> DataError:
+    first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return DataError(f"this ONNX file cannot be used: {printable(first_line)}",
+                     expected="one input, one output, standard operators and all weights in the file")
 
 
 def providers_of(available: Iterable[str]) -> list[str]:

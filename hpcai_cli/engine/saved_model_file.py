@@ -64,9 +64,10 @@ def runner(folder: Path, *, trust: bool = False) -> tuple[Callable[[np.ndarray],
         DataError: the folder is broken, or holds what is not allowed.
     """
     try:
-        _check_files(folder, trust)
-        if not trust:
-            _check_operations(SavedModel.FromString((folder / "saved_model.pb").read_bytes()))
+        if trust:
+            _check_files(folder, trust)
+        else:
+            check(folder)
         with console.quiet():
             loaded = tf.saved_model.load(str(folder))
         names = [name for name in ("serving_default", "serve", *loaded.signatures) if name in loaded.signatures]
@@ -81,16 +82,35 @@ def runner(folder: Path, *, trust: bool = False) -> tuple[Callable[[np.ndarray],
             raise ValueError(f"it takes {given.dtype.name} {given.shape}, where uint8 or float32 of a known rank is "
                              "expected")
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise DataError(f"this SavedModel cannot be used: {printable(first_line)}",
-                        expected="one input, one output and operations of inference only",
-                        mend="if it is your own, add --trust-model") from None
+        raise _unusable(error) from None
 
     def run(inputs: np.ndarray) -> np.ndarray:
         # What was loaded goes with the last reference to it, and its variables with it.
         assert loaded is not None
         return signature(**{name: tf.constant(inputs)})[taken].numpy()
     return run, tuple(given.shape), np.dtype(given.dtype.as_numpy_dtype)
+
+
+def check(folder: Path) -> None:
+    """Refuse what does more than inference, without running anything.
+
+    Raises:
+        DataError: what is wrong.
+    """
+    try:
+        _check_files(folder, trust=False)
+        _check_operations(SavedModel.FromString((folder / "saved_model.pb").read_bytes()))
+    except Exception as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return DataError(f"this SavedModel cannot be used: {printable(first_line)}",
+                     expected="one input, one output and operations of inference only",
+                     mend="if it is your own, add --trust-model")
 
 
 def _check_files(folder: Path, trust: bool) -> None:

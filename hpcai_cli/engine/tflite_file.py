@@ -1,14 +1,10 @@
 """TFLite model files: what is in them, and running them; files from strangers are checked and tried first."""
 
-import os
 import re
-import resource
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -20,7 +16,6 @@ LARGEST = 2**31 - 1
 MOST_TENSORS = 100_000
 LARGEST_TENSOR = 1 << 32
 """Bytes that a tensor of one example may declare."""
-TRIAL_SECONDS = 120
 LARGEST_BATCH = 256
 """Examples that run at once where nothing else is asked, so that what was tried holds for any number of them."""
 _FORBIDDEN = {"CUSTOM", "CALL", "CALL_ONCE", "IF", "WHILE", "VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE",
@@ -102,23 +97,19 @@ def _name(tensor) -> str:
     return (tensor.Name() or b"").decode(errors="replace")
 
 
-def runner(content: bytes, *, threads: int, trusted: bool = False,
-           most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
+def runner(content: bytes, *, threads: int, most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from inputs as stored, (b, ...) for any b, to the model's float32 outputs, (b, columns).
 
     Inputs of type uint8 are given to a uint8 model as they are; else quantized inputs and outputs are converted by the
     model's own scales.
 
     Args:
-        trusted: leave out the trial in a process of its own, for what this program has just converted.
-        most: examples that run at once; of more, so many at a time. The trial takes time and memory for so many.
+        most: examples that run at once; of more, so many at a time.
 
     Raises:
         DataError: the content is broken, foreign or not safe to run; later, inputs have another shape or type.
     """
     check(content)
-    if not trusted:
-        _try_out(content, most)
     return _Runner(content, threads, most)
 
 
@@ -176,50 +167,6 @@ def _check_tensor(model, tensor) -> None:
     count, axis = scales.ScaleLength(), scales.QuantizedDimension()
     if scales.ZeroPointLength() != count or count > 1 and not (0 <= axis < len(shape) and shape[axis] == count):
         raise ValueError(f"the tensor {_name(tensor)!r} has {count} scales for the shape {shape}")
-
-
-def _try_out(content: bytes, most: int) -> None:
-    """Run the model in a process of its own: TFLite verifies a file's structure, and yet one in twenty files in which
-    a field was changed (a stride, a dilation, a number of scales) ended the process with a segmentation fault."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_trial, args=(theirs, _is_light(), most), daemon=True)
-    # Ctrl-C reaches the child too, which would answer with a traceback.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
-    try:
-        ours.send_bytes(content)
-        said = ours.recv_bytes().decode(errors="replace") if ours.poll(TRIAL_SECONDS) else "it takes too long"
-    except (EOFError, OSError):
-        said = "it crashes the interpreter"
-    finally:
-        ours.close()
-        process.kill()
-        process.join()
-    if said:
-        raise _unusable(said)
-
-
-def _trial(connection, light: bool, most: int) -> None:
-    """Take a model, run it, and say what is wrong with it, or nothing."""
-    if not light:
-        import tensorflow  # noqa: F401 so that what is tried is what will run
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    try:
-        run = _Runner(connection.recv_bytes(), 1, most)
-        for count in (1, most):
-            run(np.zeros((count, *run.shape), run.dtype))
-            run(np.full((count, *run.shape), 255 if run.dtype == np.uint8 else 1, run.dtype))
-        connection.send_bytes(b"")
-    except Exception as error:
-        connection.send_bytes((str(error) or type(error).__name__).encode())
 
 
 def _unusable(reason: object) -> DataError:

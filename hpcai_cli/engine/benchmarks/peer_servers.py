@@ -4,11 +4,22 @@
 the tutorials' `model.predict` of a Keras model.
 """
 
+import asyncio
 import json
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
+
+NAME = sys.argv[1]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def interpreter(model: str, threads: int):
@@ -32,13 +43,15 @@ def interpreter(model: str, threads: int):
     return answer
 
 
-def litserve(model: str, port: int, threads: int) -> None:
-    """Serve with LitServe: one worker, batches of up to 8."""
+if NAME == "litserve":
     import litserve as ls
 
-    class Api(ls.LitAPI):
+    # LitServe's worker is another process, which imports this file to find the class.
+    class LitServeModel(ls.LitAPI):
+        """The model as LitServe wants it."""
+
         def setup(self, device):
-            self.answer = interpreter(model, threads)
+            self.answer = interpreter(sys.argv[2], int(sys.argv[4]))
 
         def decode_request(self, request):
             return np.asarray(request["instances"], np.uint8)
@@ -55,31 +68,37 @@ def litserve(model: str, port: int, threads: int) -> None:
         def encode_response(self, output):
             return {"scores": np.asarray(output).ravel().tolist()}
 
-    ls.LitServer(Api(max_batch_size=8, batch_timeout=0.0), accelerator="cpu", workers_per_device=1).run(
+
+def litserve(model: str, port: int, threads: int) -> None:
+    """Serve with LitServe: one worker, batches of up to 8."""
+    ls.LitServer(LitServeModel(max_batch_size=8, batch_timeout=0.0), accelerator="cpu", workers_per_device=1).run(
         host="127.0.0.1", port=port, num_api_servers=1, log_level="error", generate_client_file=False)
 
 
-def mlserver(model: str, port: int, threads: int) -> None:
-    """Serve with MLServer, which speaks the Open Inference Protocol too."""
-    import asyncio
-
+if NAME == "mlserver":
     from mlserver import MLModel, MLServer, ModelSettings, Settings
     from mlserver.codecs import NumpyCodec
     from mlserver.types import InferenceResponse
 
-    class Model(MLModel):
+    # MLServer finds the class by its name.
+    class MLServerModel(MLModel):
+        """The model as MLServer wants it."""
+
         async def load(self) -> bool:
-            self.answer = interpreter(model, threads)
+            self.answer = interpreter(sys.argv[2], int(sys.argv[4]))
             return True
 
         async def predict(self, payload):
             scores = self.answer(NumpyCodec.decode_input(payload.inputs[0]).astype(np.uint8))
             return InferenceResponse(model_name=self.name, outputs=[NumpyCodec.encode_output("scores", scores)])
 
+
+def mlserver(model: str, port: int, threads: int) -> None:
+    """Serve with MLServer, which speaks the Open Inference Protocol too."""
     async def run() -> None:
-        server = MLServer(Settings(host="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_port=port + 2,
+        server = MLServer(Settings(host="127.0.0.1", http_port=port, grpc_port=free_port(), metrics_port=free_port(),
                                    parallel_workers=0, debug=False))
-        await server.start([ModelSettings(name="peer", implementation=Model)])
+        await server.start([ModelSettings(name="peer", implementation=MLServerModel)])
     asyncio.run(run())
 
 
@@ -99,5 +118,5 @@ def flask(model: str, port: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    name, path, number, cores = sys.argv[1:]
-    {"litserve": litserve, "mlserver": mlserver, "flask": flask}[name](path, int(number), int(cores))
+    path, number, cores = sys.argv[2:]
+    {"litserve": litserve, "mlserver": mlserver, "flask": flask}[NAME](path, int(number), int(cores))

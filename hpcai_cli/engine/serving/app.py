@@ -154,8 +154,12 @@ class Application:
 
     # ---- About the server and its models ---------------------------------------------------------------------------
 
+    def is_stuck(self) -> bool:
+        """Tell whether a model has been running for longer than any request waits."""
+        return any(one.batcher.is_stuck() for _, model in self._models for one in model.versions.values())
+
     async def _live(self, call, name, version):
-        stuck = any(one.batcher.is_stuck() for _, model in self._models for one in model.versions.values())
+        stuck = self.is_stuck()
         return _told({"live": not stuck}, 503 if stuck else 200)
 
     async def _ready(self, call, name, version):

@@ -180,8 +180,8 @@ class Models:
         artefact = replace(artefact, document={**artefact.document, "name": name})
         settings, row = self._settings, self._place.metrics.row(name)
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.workers)
-        trust = settings.trust or digest in self._place.proven
-        scores, cost = opened(artefact, threads=threads, trust=trust, max_batch=settings.max_batch)
+        scores, cost = opened(artefact, threads=threads, trust=settings.trust, tried=digest in self._place.proven,
+                              max_batch=settings.max_batch)
         self._place.proven.add(digest)
         recorder = Recorder(artefact, path_of(artefact, self._place.state, self._place.slot))
         bounds = Bounds(settings.max_batch, settings.max_delay, settings.timeout)

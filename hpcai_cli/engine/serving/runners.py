@@ -5,10 +5,12 @@ TensorFlow.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from hpcai_cli.engine.serving import sandbox
 from hpcai_cli.engine.serving.artefact import Artefact
 from hpcai_cli.errors import DataError, HpcaiError, printable
 
@@ -20,7 +22,7 @@ LARGEST_BATCH = 256
 """Examples that a model answers at once; more are answered in parts."""
 
 
-def open_scores(artefact: Artefact, *, threads: int, trust: bool = False,
+def open_scores(artefact: Artefact, *, threads: int, trust: bool = False, tried: bool = False,
                 most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
     """Open an exported model, as `scores_of` does; what it returns is for one thread at a time.
 
@@ -29,11 +31,12 @@ def open_scores(artefact: Artefact, *, threads: int, trust: bool = False,
         MissingError: its library is not installed.
     """
     return scores_of(artefact.kind, artefact.file, input_shape=artefact.input_shape, columns=artefact.columns,
-                     owner=f"the export of {artefact.name}", threads=threads, trust=trust, most=most)
+                     owner=f"the export of {artefact.name}", threads=threads, trust=trust, tried=tried, most=most)
 
 
-def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: int, owner: str,
-              threads: int, trust: bool = False, most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
+def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: int, owner: str, threads: int,
+              trust: bool = False, tried: bool = False,
+              most: int = LARGEST_BATCH) -> Callable[[np.ndarray], np.ndarray]:
     """Open a model file and return its inference.
 
     Inputs as stored, (b, *input_shape) for any b, uint8 or float32 -> scores, float32 (b, columns): a logit per class,
@@ -44,15 +47,21 @@ def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: i
         columns: of two classes the model itself may have one output, the logit of the second.
         owner: whose examples these are, as errors name it.
         trust: leave out the checks against files that run code, and the trial in a process of its own.
-        most: examples that a TFLite model is tried and run with at once.
+        tried: leave out the trial alone: the file has passed one, was made here, or this process is there for it.
+        most: examples that a model is tried with at once, and a TFLite model is run with.
 
     Raises:
         DataError: the file is broken, or has what is not allowed; later, it does not fit what it is given.
         MissingError: its library is not installed.
     """
+    shape = tuple(input_shape)
     try:
-        outputs_of = _tflite(file, threads, trust, most) if kind == "tflite" else _RUNNERS[kind](
-            file, tuple(input_shape), threads, trust)
+        # What is tried is what runs, whoever writes to the file meanwhile.
+        model = _content(file) if kind in _READ else file
+        if not (trust or tried):
+            _check(kind, model)
+            sandbox.try_out(partial(_opened, kind, shape, 1, False, most), model, shape, (1, most), _NAMES[kind])
+        outputs_of = _opened(kind, shape, threads, trust, most, model)
     except DataError as error:
         # Some name the file themselves.
         raise error if str(file) in str(error) else DataError(f"{file}: {error}") from None
@@ -61,25 +70,51 @@ def scores_of(kind: str, file: Path, *, input_shape: tuple[int, ...], columns: i
 
 # ---- Kinds ---------------------------------------------------------------------------------------------------------
 
-def _tflite(file: Path, threads: int, trust: bool, most: int) -> Callable:
+_NAMES = {"tflite": "TFLite", "onnx": "ONNX", "saved_model": "SavedModel", "keras": "Keras"}
+_READ = ("tflite", "onnx")
+"""Kinds that are opened from a file's content; the others are opened by their library."""
+
+
+def _check(kind: str, model: bytes | Path) -> None:
+    """Refuse what is not allowed without running anything."""
+    if kind == "tflite":
+        from hpcai_cli.engine import tflite_file as library
+    elif kind == "onnx":
+        from hpcai_cli.engine import onnx_file as library
+    elif kind == "saved_model":
+        from hpcai_cli.engine import saved_model_file as library
+    else:
+        from hpcai_cli.engine import model_file as library
+    library.check(model)
+
+
+def _opened(kind: str, shape: tuple[int, ...], threads: int, trust: bool, most: int, model: bytes | Path) -> Callable:
+    if kind == "tflite":
+        return _tflite(model, threads, most)
+    if kind == "onnx":
+        return _onnx(model, shape, threads)
+    return _saved_model(model, shape, trust) if kind == "saved_model" else _keras(model, trust)
+
+
+def _tflite(content: bytes, threads: int, most: int) -> Callable:
     from hpcai_cli.engine import tflite_file
 
-    return tflite_file.runner(_content(file), threads=threads, trusted=trust, most=most)
+    return tflite_file.runner(content, threads=threads, most=most)
 
 
-def _onnx(file: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Callable:
+def _onnx(content: bytes, shape: tuple[int, ...], threads: int) -> Callable:
     from hpcai_cli.engine import onnx_file
 
-    return _fed(*onnx_file.runner(_content(file), threads=threads), shape)
+    return _fed(*onnx_file.runner(content, threads=threads), shape)
 
 
-def _saved_model(folder: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Callable:
+def _saved_model(folder: Path, shape: tuple[int, ...], trust: bool) -> Callable:
     from hpcai_cli.engine import saved_model_file
 
     return _fed(*saved_model_file.runner(folder, trust=trust), shape)
 
 
-def _keras(file: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Callable:
+def _keras(file: Path, trust: bool) -> Callable:
     import tensorflow as tf
 
     from hpcai_cli.engine import model_file
@@ -87,9 +122,6 @@ def _keras(file: Path, shape: tuple[int, ...], threads: int, trust: bool) -> Cal
     model = model_file.load(file, trust=trust)
     compiled = tf.function(lambda inputs: tf.cast(model(inputs, training=False), tf.float32), reduce_retracing=True)
     return lambda inputs: compiled(tf.constant(inputs)).numpy()
-
-
-_RUNNERS = {"onnx": _onnx, "saved_model": _saved_model, "keras": _keras}
 
 
 def _content(file: Path) -> bytes:

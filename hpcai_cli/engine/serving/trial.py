@@ -5,7 +5,6 @@ What it opens may be broken or foreign: its memory is bounded, and a crash is th
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 
 from hpcai_cli.engine.serving.artefact import Artefact
 from hpcai_cli.engine.serving.runners import open_scores
+from hpcai_cli.engine.serving.sandbox import bound_memory
 from hpcai_cli.errors import DataError, HpcaiError, MissingError, printable
 
 BATCH_SIZES = (1, 8, 32)
@@ -85,7 +85,7 @@ class Trial:
             return json.loads(line)
         code = self._process.wait()
         self._said.seek(0)
-        said = (self._said.read().strip().splitlines() or [f"it ends its process (exit status {code})"])[-1]
+        said = (self._said.read().strip().splitlines() or [f"it crashes (exit status {code})"])[-1]
         kind = MissingError if code == MissingError.exit_code else DataError
         raise kind(f"the model in {self._folder} cannot be used: {printable(said)}")
 
@@ -98,16 +98,14 @@ def latencies(trials: Sequence[Trial]) -> list[dict[str, float]]:
 
 
 def _main(folder: str, place: str, threads: str, *flags: str) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    bound_memory()
     # What a library prints is not to stand between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
         artefact = Artefact.open(Path(folder))
         artefact.verify()
-        forward = open_scores(artefact, threads=int(threads), trust=bool(flags))
+        forward = open_scores(artefact, threads=int(threads), trust=bool(flags), tried=True)
         inputs = np.load(Path(place) / "inputs.npy", mmap_mode="r")
         forward(np.ascontiguousarray(inputs[:1]))
         opened = time.time() - float(os.environ["TRIAL_STARTED"])

@@ -21,29 +21,30 @@ _QUICK_SECONDS = 0.005
 Scores = Callable[[np.ndarray], np.ndarray]
 
 
-def opened(artefact: Artefact, *, threads: int, trust: bool, max_batch: int) -> tuple[Scores, Cost]:
+def opened(artefact: Artefact, *, threads: int, trust: bool, tried: bool, max_batch: int) -> tuple[Scores, Cost]:
     """Return a model's function from inputs to scores, warmed up, and what it takes.
 
     Args:
         threads: at most; a model that is quick with one gets no more, which would cost other work more than they help.
+        trust, tried: as `runners.scores_of` takes them.
 
     Raises:
         DataError: the model is broken, unsafe or does not fit its artefact.json.
         MissingError: its library is not installed.
     """
-    scores, cost = _measured(artefact, 1, trust, max_batch)
+    scores, cost = _measured(artefact, 1, trust, tried, max_batch)
     if threads == 1 or cost.of(max_batch) < _QUICK_SECONDS:
         return scores, cost
-    several = _measured(artefact, threads, True, max_batch)
+    several = _measured(artefact, threads, trust, True, max_batch)
     return several if several[1].each < cost.each else (scores, cost)
 
 
-def _measured(artefact: Artefact, threads: int, trust: bool, max_batch: int) -> tuple[Scores, Cost]:
-    scores = open_scores(artefact, threads=threads, trust=trust, most=max_batch)
+def _measured(artefact: Artefact, threads: int, trust: bool, tried: bool, max_batch: int) -> tuple[Scores, Cost]:
+    scores = open_scores(artefact, threads=threads, trust=trust, tried=tried, most=max_batch)
     if artefact.kind == "tflite" and artefact.file.stat().st_size <= _SMALL_FILE and max_batch > 1:
         # TFLite plans its memory anew whenever the size changes, which takes longer than a small model does.
         sizes = [1 << power for power in range(max_batch.bit_length() - 1, -1, -1)]
-        again = [open_scores(artefact, threads=threads, trust=True) for _ in sizes[1:]]
+        again = [open_scores(artefact, threads=threads, tried=True) for _ in sizes[1:]]
         scores = in_sizes(dict(zip(sizes, [scores, *again], strict=True)))
     dtype = np.uint8 if artefact.inputs == "images" else np.float32
     one, full = (_seconds(scores, np.zeros((size, *artefact.input_shape), dtype), artefact)

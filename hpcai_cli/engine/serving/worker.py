@@ -164,12 +164,15 @@ class _Worker:
         self._server.should_exit = True
 
     async def _check(self) -> None:
-        """Look after connections whose clients are too slow."""
+        """Look after connections whose clients are too slow, and make room for another worker when a model hangs."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             for connection in list(self._server.server_state.connections):
                 connection.check(loop.time())
+            if self._app.is_stuck() and not self._app.draining:
+                self._wire.send({"failed": 1, "error": "a model ran for longer than any request waits"})
+                self._stop()
 
     def _begin(self, coroutine) -> None:
         # The loop itself holds its tasks weakly.

@@ -8,6 +8,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 
 from hpcai_cli.engine import tflite_file
 from hpcai_cli.engine.compression import plan, quantization
+from hpcai_cli.engine.serving import runners
 from hpcai_cli.errors import DataError, UsageError
 
 SHAPE = (8, 8, 1)
@@ -51,7 +52,7 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def run(content: bytes, inputs: np.ndarray) -> np.ndarray:
-    return tflite_file.runner(content, threads=1, trusted=True)(inputs)
+    return tflite_file.runner(content, threads=1)(inputs)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-4), ("float16", 0.05), ("dynamic", 1.0)])
@@ -88,7 +89,7 @@ def test_compression_makes_the_file_smaller(capfd):
 @pytest.mark.parametrize("count", [1, 2, 7, tflite_file.LARGEST_BATCH + 3, 1])
 def test_any_batch_gives_each_example_its_answer(trained, int8, count):
     _, images, _, _ = trained
-    runner = tflite_file.runner(int8, threads=1, trusted=True)
+    runner = tflite_file.runner(int8, threads=1)
     one_by_one = np.concatenate([runner(images[row:row + 1]) for row in range(count)])
     np.testing.assert_allclose(runner(images[:count]), one_by_one, atol=1e-5)
 
@@ -165,7 +166,7 @@ def test_what_tflite_lacks_is_said_in_one_sentence(capfd):
 
 def test_inputs_of_another_kind_are_refused(trained, int8):
     _, images, _, _ = trained
-    runner = tflite_file.runner(int8, threads=1, trusted=True)
+    runner = tflite_file.runner(int8, threads=1)
     for wrong in (images[:2].astype(np.float32), images[:2, :4]):
         with pytest.raises(DataError, match=r"other inputs than these; expected uint8 \(n, 8, 8, 1\)"):
             runner(wrong)
@@ -201,37 +202,44 @@ def two_scales(model) -> None:
     tensor.quantization.scale, tensor.quantization.zeroPoint = [1.0, 1.0], [0, 0]
 
 
+def opened(content: bytes, folder):
+    """Open what may be anybody's file, as every command does."""
+    file = folder / "model.tflite"
+    file.write_bytes(content)
+    return runners.scores_of("tflite", file, input_shape=SHAPE, columns=10, owner="digits", threads=1)
+
+
 @pytest.mark.parametrize(("change", "said"), [
     (huge, "has the shape"), (custom, "operator CUSTOM, which may not be run"), (strayed, "a tensor that is not there"),
     (two_scales, "has 2 scales"), (lambda model: model.subgraphs.append(model.subgraphs[0]), "it has 2 graphs"),
     (lambda model: model.subgraphs[0].operators.clear(), "cannot be run")])
-def test_a_model_that_does_not_hang_together_is_refused(int8, change, said):
+def test_a_model_that_does_not_hang_together_is_refused(int8, change, said, tmp_path):
     with pytest.raises(DataError, match=said) as raised:
-        tflite_file.runner(repacked(int8, change), threads=1)
+        opened(repacked(int8, change), tmp_path)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"TFL3", b"PK\x03\x04" + bytes(100), b"\xff" * 4 + b"TFL3" + b"\xff" * 40,
                                      b"\x08\0\0\0TFL3" + bytes(200)])
-def test_what_is_no_tflite_file_is_refused(content):
+def test_what_is_no_tflite_file_is_refused(content, tmp_path):
     with pytest.raises(DataError, match="no TFLite model|cannot be run"):
-        tflite_file.runner(content, threads=1)
+        opened(content, tmp_path)
 
 
-def test_a_truncated_file_is_refused(int8):
+def test_a_truncated_file_is_refused(int8, tmp_path):
     for share in (0.1, 0.5, 0.9, 0.999):
         with pytest.raises(DataError, match="no TFLite model|cannot be run"):
-            tflite_file.runner(int8[:int(share * len(int8))], threads=1)
+            opened(int8[:int(share * len(int8))], tmp_path)
 
 
-def test_a_file_that_crashes_the_interpreter_crashes_only_its_trial(int8, trained):
+def test_a_file_that_crashes_the_interpreter_crashes_only_its_trial(int8, trained, tmp_path):
     def dilate(model):
         for operator in model.subgraphs[0].operators:
             if isinstance(operator.builtinOptions, schema.Conv2DOptionsT):
                 operator.builtinOptions.strideW = operator.builtinOptions.strideH = 1000
 
     with pytest.raises(DataError, match="this TFLite model cannot be run"):
-        tflite_file.runner(repacked(int8, dilate), threads=1)
+        opened(repacked(int8, dilate), tmp_path)
     _, images, _, _ = trained
     # What is whole passes the trial.
-    assert tflite_file.runner(int8, threads=1)(images[:4]).shape == (4, 10)
+    assert opened(int8, tmp_path)(images[:4]).shape == (4, 10)

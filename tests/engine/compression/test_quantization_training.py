@@ -176,7 +176,7 @@ def test_training_saves_a_depthwise_network_that_plain_int8_spoils(digits):
     def int8(model, **calibration):
         content = quantization.convert(model, SHAPE, kind="int8", **calibration)
         assert quantization.left_in_float(content) == []
-        return tflite_file.runner(content, threads=1, trusted=True)(unseen)
+        return tflite_file.runner(content, threads=1)(unseen)
 
     plain = accuracy(int8(model, calibration=images[:300]))
     rounded = aware.with_fake_quantization(model, images[:300])
@@ -197,7 +197,7 @@ def test_simulated_and_real_int8_agree_on_an_ordinary_network(digits):
     rounded = aware.with_fake_quantization(aware.folded(network), images[:300])
     simulated = rounded.predict(unseen.astype(np.float32), verbose=0)
     content = quantization.convert(network, SHAPE, kind="int8", calibration=images[:300])
-    real = tflite_file.runner(content, threads=1, trusted=True)(unseen)
+    real = tflite_file.runner(content, threads=1)(unseen)
     assert (real.argmax(axis=1) == simulated.argmax(axis=1)).mean() > 0.97
     assert np.abs(real - simulated).mean() < 0.02 * np.abs(simulated).max()
 

@@ -139,7 +139,7 @@ def test_images_are_answered_on_a_small_device(export, tmp_path, bare_python, tf
     one = run(bare_python, "-X", "importtime", folder / "run.py", DIGIT, cwd=tmp_path, env={})
     assert one.returncode == 0, one.stderr
     (answer,) = map(json.loads, one.stdout.splitlines())
-    scores = tflite_file.runner(tflite_models["images"], threads=1, trusted=True)(read_image(DIGIT, (28, 28, 1))[None])
+    scores = tflite_file.runner(tflite_models["images"], threads=1)(read_image(DIGIT, (28, 28, 1))[None])
     chances = np.exp(log_probabilities(scores))[0]
     assert answer == {"file": str(DIGIT), "label": str(chances.argmax()), "probability": pytest.approx(chances.max())}
     assert "ai_edge_litert" in one.stderr and not re.search(r"\| +(tensorflow|keras|pandas|uvicorn)\b", one.stderr)

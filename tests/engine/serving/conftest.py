@@ -78,15 +78,15 @@ class Exports:
 
     contents: dict[str, bytes]
 
-    def write(self, folder: Path, kind: str = "tiny", **settings) -> Path:
+    def write(self, folder: Path, model: str = "tiny", **settings) -> Path:
         """Write an export; files first, so that a server never sees one that is half there."""
-        content = self.contents[kind]
+        content = self.contents[model]
         document = {
             "schema": "hpcai.artefact/1", "name": "tiny", "kind": "tflite", "file": "model.tflite",
             "task": "classification", "class_names": list(CLASSES), "decision_threshold": None, "inputs": "images",
             "input_shape": list(SHAPE),
             "files": {"model.tflite": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}},
-            **(TABLE if kind == "shop" else {}), **settings}
+            **(TABLE if model == "shop" else {}), **settings}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.tflite").write_bytes(content)
         (folder / "artefact.json").write_text(json.dumps(document))
@@ -237,5 +237,5 @@ def run(coroutine, seconds: float = 60):
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """Return the functions above, which test modules cannot import from here."""
-    return SimpleNamespace(images=images, infer_body=infer_body, expected=expected, chances_of=chances_of, ask=ask,
+    return SimpleNamespace(shape=SHAPE, images=images, infer_body=infer_body, expected=expected, chances_of=chances_of, ask=ask,
                            run=run, server=server, command=command)

@@ -118,7 +118,7 @@ def test_a_worker_that_comes_later_leaves_out_what_is_broken(exports, kit, model
 
 def test_what_another_worker_has_tried_is_not_tried_again(exports, models, tmp_path, monkeypatch):
     tried = []
-    monkeypatch.setattr("hpcai_cli.engine.tflite_file._try_out", lambda content, most: tried.append(content))
+    monkeypatch.setattr("hpcai_cli.engine.serving.sandbox.try_out", lambda *given: tried.append(given))
     found = models(exports.write(tmp_path / "export"), trust=False)
     found.load(strict=True)
     again = models(tmp_path / "export", trust=False)

@@ -1,6 +1,7 @@
 """Servers in processes of their own and real clients: what is hostile, what dies, what changes, what stops."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
 from hpcai_cli.engine.serving import server
@@ -354,12 +356,13 @@ def mutated(source: random.Random, content: bytes) -> bytes:
 
 def test_three_times_the_load_is_refused_in_part_and_the_rest_answered_soon(exports, kit, serve, tmp_path):
     with serve(exports.write(tmp_path / "slow", "slow", name="tiny"), "--max-batch", 4, "--threads", 1) as served:
-        body = kit.infer_body(kit.images(1))
+        # Full batches, so that what the server bears is what one client after the other gets.
+        body = kit.infer_body(kit.images(4))
         served.ask("POST", INFER, body)
         begun = time.monotonic()
         for _ in range(10):
             served.ask("POST", INFER, body)
-        rate = min(400, 10 / (time.monotonic() - begun) * 1.5 * 3)
+        rate = 3 * 10 / (time.monotonic() - begun)
         waits, refusals, late = [], [], []
 
         def one(number: int) -> None:
