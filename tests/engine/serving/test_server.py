@@ -363,24 +363,33 @@ def test_three_times_the_load_is_refused_in_part_and_the_rest_answered_soon(expo
         for _ in range(10):
             served.ask("POST", INFER, body)
         rate = 3 * 10 / (time.monotonic() - begun)
-        waits, refusals, late = [], [], []
-
-        def one(number: int) -> None:
-            time.sleep(max(0, begun + number / rate - time.monotonic()))
-            started = time.monotonic()
-            answer = served.ask("POST", INFER, body)
-            if answer.status == 200:
-                waits.append(time.monotonic() - started)
-            elif answer.status == 503 and int(answer.headers["retry-after"]) >= 1:
-                refusals.append(time.monotonic() - started)
-            else:
-                late.append(answer)
-        begun = time.monotonic()
-        with ThreadPoolExecutor(128) as pool:
-            list(pool.map(one, range(int(4 * rate))))
-        assert not late and len(waits) > rate / 4 and len(refusals) > len(waits) / 4
+        waits, refusals, late = flooded(served, body, rate)
+        while not late and len(refusals) < len(waits) / 4 and rate < 2_000:
+            # Something else ran while it was timed: it bears more than that.
+            rate *= 2
+            waits, refusals, late = flooded(served, body, rate)
+        assert not late and len(waits) > 10 and len(refusals) > len(waits) / 4
         assert np.percentile(waits, 99) < 4
         assert served.ask("POST", INFER, body).status == 200
+
+
+def flooded(served, body: bytes, rate: float) -> tuple[list[float], list[float], list]:
+    """Ask for three seconds; return the seconds of answers and of refusals, and what was neither."""
+    waits, refusals, others, begun = [], [], [], time.monotonic()
+
+    def one(number: int) -> None:
+        time.sleep(max(0, begun + number / rate - time.monotonic()))
+        started = time.monotonic()
+        answer = served.ask("POST", INFER, body)
+        if answer.status == 200:
+            waits.append(time.monotonic() - started)
+        elif answer.status == 503 and int(answer.headers["retry-after"]) >= 1:
+            refusals.append(time.monotonic() - started)
+        else:
+            others.append(answer)
+    with ThreadPoolExecutor(128) as pool:
+        list(pool.map(one, range(int(3 * rate))))
+    return waits, refusals, others
 
 
 def test_more_connections_than_a_worker_holds(exports, kit, serve, tmp_path):
