@@ -24,9 +24,10 @@ lint: .venv/test  ## the linter, import rules included
 format: .venv/test  ## sort imports and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 
-bench: .venv/test horovod  ## measure the speed claims of the README
+bench: .venv/test horovod  ## measure the speed claims of the README, into benchmarks/ and its table of figures
 	test -e data/mnist.h5 || $(BIN)/hpcai preprocess mnist
-	$(BIN)/hpcai benchmark
+	$(BIN)/hpcai benchmark all --output benchmarks/bench-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/hpcai benchmark report "$$(ls -d benchmarks/bench-* | tail -1)" --readme README.md
 
 fuzz: .venv/test  ## 10,000 mutated files of each format through its reader
 	$(BIN)/python tests/fuzz.py

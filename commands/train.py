@@ -1,5 +1,6 @@
 """hpcai train: a recipe and a dataset file to a trained run."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,9 @@ from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
 from hpcai_cli.run import Run, read_json
 from hpcai_cli.signals import StopRequest
+
+PROFILED = 1_000
+"""Steps that can be profiled at most: a trace holds every operation of each."""
 
 
 def train(
@@ -30,6 +34,10 @@ def train(
     settings: options.Set = None,
     from_file: options.From = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's event files too.")] = False,
+    profile: Annotated[str | None, typer.Option(metavar="FIRST-LAST", help="Trace these steps into RUN/profile, and "
+                                                "say where their time goes.")] = None,
+    energy: options.Energy = False,
+    power_file: options.PowerFile = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -43,6 +51,8 @@ def train(
         $ hpcai train mnist --set architecture=tutorial --epochs 3 --batch-size 32
         $ hpcai train ./mine.py --data mine.h5 --output runs/first
         $ hpcai train --resume runs/first
+        $ hpcai train mnist --np 2 --profile 100-120
+        $ hpcai train mnist --energy
         $ horovodrun -np 2 hpcai train mnist --data data/mnist.h5
 
     Next: hpcai evaluate RUN
@@ -56,6 +66,7 @@ def train(
     if fractions:
         raise UsageError(f"{fractions[0]} decides what is in the data file, and train only reads it",
                          mend="give it to `hpcai preprocess`")
+    steps = _steps(profile) if profile is not None else None
     entry, chosen = _entry_and_recipe(recipe, resume, output, assignments)
     if tensorboard and launch.missing_package("tensorboard"):
         raise MissingError("--tensorboard needs a package that is not installed",
@@ -69,9 +80,9 @@ def train(
     source = entry.data_source()
     functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
     request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
-                          resume, tensorboard)
+                          resume, tensorboard, steps, energy or power_file is not None, power_file)
     if np > 1:
-        _start_ranks(np, job.prepare(request), request, assignments, json)
+        _start_ranks(np, job.prepare(request, size=np), request, assignments, json)
         return
     with StopRequest() as stop:
         launch.register()
@@ -81,7 +92,30 @@ def train(
         return
     console.table(f"{result['run']}: {result['epochs']} epochs, {result['steps']:,} steps, world size "
                   f"{result['world_size']}", ("metric", "value"), list(result["metrics"].items()))
+    _show_measured(result)
     console.result(f"next: hpcai evaluate {result['run']}")
+
+
+def _show_measured(result: dict) -> None:
+    """Print what --energy and --profile have found."""
+    from hpcai_cli.engine import energy, profile_summary
+
+    if "energy" in result:
+        console.result(f"energy: {energy.words(result['energy'])}\n")
+    if result.get("profile"):
+        console.result(profile_summary.text(result["profile"]))
+    elif "profile" in result:
+        console.result(f"profile: none, since the training ended at step {result['steps']:,}, before it could begin\n")
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """Return the first and the last step that are to be profiled."""
+    match = re.fullmatch(r"([1-9]\d{0,11})-([1-9]\d{0,11})", text.strip())
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < first <= last < first + PROFILED:
+        raise UsageError("--profile takes the first and the last step", received=text,
+                         expected=f"FIRST-LAST with at most {PROFILED:,} steps, as in `--profile 100-120`")
+    return first, last
 
 
 def _entry_and_recipe(name: str | None, resume: Path | None, output: Path | None,
@@ -108,7 +142,9 @@ def _start_ranks(np: int, prepared: tuple[Run, Path], request, assignments: dict
     """Start this same command np times on the folder and the data that were checked."""
     run, file = prepared
     arguments = ["train", request.reference, "--data", str(file), "--resume" if request.resume else "--output",
-                 str(run.folder), *(["--tensorboard"] if request.tensorboard else []), *(["--json"] if json else [])]
+                 str(run.folder), *options.words({
+                     "--tensorboard": request.tensorboard, "--profile": "-".join(map(str, request.profile or ())),
+                     "--energy": request.energy, "--power-file": request.power_file, "--json": json})]
     for key, value in assignments.items():
         arguments += ["--set", f"{key}={value}"]
     outcome = rank_processes.run_ranks(np, arguments)

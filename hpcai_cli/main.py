@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from hpcai_cli import __version__, console
 from hpcai_cli.commands.benchmark import benchmark
+from hpcai_cli.commands.benchmark_all import benchmark_all
 from hpcai_cli.commands.compress import compress
 from hpcai_cli.commands.deploy import deploy
 from hpcai_cli.commands.doctor import doctor
@@ -88,7 +89,8 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(compress)
 app.add_typer(deploy, name="deploy")
-app.command()(benchmark)
+benchmark.add_typer(benchmark_all)
+app.add_typer(benchmark, name="benchmark")
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)
 

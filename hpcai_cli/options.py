@@ -26,6 +26,10 @@ TrustModel = Annotated[bool, typer.Option("--trust-model", help="Load classes of
                                           "for files that you made: they can run code.")]
 Like = Annotated[Path | None, typer.Option("--like", metavar="RUN", help="The run that says recipe, classes and data, "
                                            "for a model file that lies in no run folder.")]
+Energy = Annotated[bool, typer.Option("--energy", help="Measure the joules that the host takes, by the counters of its "
+                                      "processors and GPUs.")]
+PowerFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Measure the joules by a power meter's file, to "
+                                                "which lines of `unix_seconds watts` or `watts` come meanwhile.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the recipe; "
                                                "repeatable. `hpcai recipes show` lists them.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take settings from a recipe.json or a TOML "

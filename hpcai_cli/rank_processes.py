@@ -83,6 +83,11 @@ def launcher_words(np: int) -> list[str | Path]:
     if _has_open_mpi():
         # Not bound: each rank chooses its own cores. More ranks than cores are the user's to ask for.
         return ["mpirun", "-np", str(np), "--bind-to", "none", "--oversubscribe", "--tag-output"]
+    return gloo_words(np)
+
+
+def gloo_words(np: int) -> list[str | Path]:
+    """Return the command line that starts them under Gloo, also where there is Open MPI."""
     return [beside("horovodrun"), "-np", str(np), "--gloo", "--network-interfaces", "lo", "--disable-cache"]
 
 

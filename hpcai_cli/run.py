@@ -35,6 +35,7 @@ class Run:
         self.compressed = self.folder / "compressed"
         self.exports = self.folder / "exports"
         self.tensorboard = self.folder / "tensorboard"
+        self.profile = self.folder / "profile"
 
     @classmethod
     def create(cls, name: str, output: Path | None) -> "Run":

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +16,7 @@ class Serial:
     """One process: every collective operation is the identity."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    operations = None
 
     def reduce(self, gradients, averages, sums):
         """Return the mean over the ranks of the gradients and of `averages`, and the sum of the vector `sums`."""
@@ -44,21 +45,35 @@ class Horovod:
 
     Upstream's own Keras integration averages gradients in hooks that Keras 3 never calls
     (https://github.com/horovod/horovod/issues/4290), so this class uses the bare operations only.
+
+    Args:
+        groups: the ranks of each process set that is needed beside that of all, in the same order on all ranks.
+
+    Attributes:
+        operations: these bare operations, `horovod.tensorflow`, for what measures them.
     """
 
-    def __init__(self):
+    def __init__(self, groups: Sequence[Sequence[int]] = ()):
         import horovod.tensorflow as hvd
 
-        self._hvd = hvd
+        self._hvd = self.operations = hvd
         if os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "mpi":
             # A rank that waits in MPI spins, on the very core that computes what the others wait for; yielding leaves
             # it to them. Looking for work then costs next to nothing, so that it may be done twice as often as by
             # default (`hpcai benchmark scaling` measures what comes of it).
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.5")
-        hvd.init()
+        # Sets that are added later would cost all operations a round of questions (HOROVOD_DYNAMIC_PROCESS_SETS).
+        self._process_sets = {tuple(group): hvd.ProcessSet(list(group)) for group in groups}
+        hvd.init(process_sets=list(self._process_sets.values()))
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+
+    def process_set(self, members: Sequence[int]):
+        """Return the process set of these ranks, for the bare operations: of all, or of one of the groups."""
+        if len(members) == self.size:
+            return self._hvd.global_process_set
+        return self._process_sets[tuple(members)]
 
     def reduce(self, gradients, averages, sums):
         """Average gradients and statistics and sum a small vector, in one fused operation.
@@ -104,8 +119,11 @@ class Horovod:
         self._hvd.shutdown()
 
 
-def start() -> Serial | Horovod:
+def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
     """Join the job that this process was started in.
+
+    Args:
+        groups: as of `Horovod`.
 
     Raises:
         MissingError: a launcher started several processes, but Horovod is missing or cannot see them. Training on
@@ -115,7 +133,7 @@ def start() -> Serial | Horovod:
     if place.size == 1:
         return Serial()
     try:
-        ranks = Horovod()
+        ranks = Horovod(groups)
     except (ImportError, AttributeError, OSError) as error:
         raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod cannot be loaded",
                            expected="Horovod built for the installed TensorFlow",
@@ -125,6 +143,21 @@ def start() -> Serial | Horovod:
                            expected="Horovod built with MPI, or the job started by horovodrun",
                            mend="run `hpcai doctor --build-horovod --with-mpi`", received=ranks.size)
     return ranks
+
+
+def built_transports() -> list[str]:
+    """Return which of Gloo, MPI and NCCL Horovod was built with.
+
+    Raises:
+        MissingError: it cannot be loaded.
+    """
+    try:
+        import horovod.tensorflow as hvd
+    except (ImportError, AttributeError, OSError) as error:
+        raise MissingError("Horovod cannot be loaded", expected="Horovod built for the installed TensorFlow",
+                           mend="run `hpcai doctor --build-horovod`", received=str(error)) from None
+    built = {"Gloo": hvd.gloo_built(), "MPI": hvd.mpi_built(), "NCCL": hvd.nccl_built()}
+    return [name for name, is_built in built.items() if is_built]
 
 
 def on_rank_zero(ranks: Serial | Horovod, function: Callable):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
+from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError
@@ -44,18 +45,31 @@ class Request:
     output: Path | None = None
     resume: Path | None = None
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
+    """First and last step to look into, counted from 1."""
+    energy: bool = False
+    power_file: Path | None = None
+    """A power meter's, in place of the hosts' own counters."""
 
 
-def prepare(request: Request) -> tuple[Run, Path]:
+def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
     """Find the data, check that they fit, and make or open the run's folder: all that can fail before the start.
 
+    Args:
+        size: number of ranks that will train.
+
     Raises:
-        DataError: the data are missing or don't fit the recipe.
-        UsageError: the run's folder cannot be made.
+        DataError: the data are missing or don't fit the recipe, or the power meter's file cannot be read.
+        UsageError: the run's folder cannot be made, or the run has no such steps to profile.
     """
     run = Run.open(request.resume) if request.resume else None
     file = request.data or (Path(run.manifest()["data"]) if run else _default_data(request))
-    _fitted(request.recipe, Dataset(file))
+    dataset = Dataset(file)
+    recipe = _fitted(request.recipe, dataset)
+    if request.profile:
+        _check_profile(request.profile, recipe, dataset, size)
+    if request.power_file:
+        PowerFile(request.power_file)
     return run or Run.create(request.recipe.name, request.output), file
 
 
@@ -67,16 +81,16 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     """
     # TensorFlow loads here and not at import, so that a process that only starts others does without it.
     with console.quiet():
-        from hpcai_cli.engine import distributed, hardware, training
+        from hpcai_cli.engine import distributed, energy, hardware, profiled_ranks, profiling, training
 
-        ranks = distributed.start()
+        ranks = profiled_ranks.join() if request.profile else distributed.start()
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     # Rank 0 chooses for all: in a mixed cluster the ranks would compute in different precisions, unseen by the proof.
     policy, reason = ranks.broadcast_json(hardware.choose_precision(request.recipe.precision))
     hardware.set_precision(policy)
     request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, precision=policy))
     facts = {"world_size": ranks.size, "threads_per_rank": threads, "precision": policy, "precision_reason": reason}
-    folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts))
+    folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
@@ -86,7 +100,10 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                                   for function in (request.augment, request.final_augment))
         job = training.Job(request.recipe, run, dataset, ranks, request.build_model, augment, request.adapt, stop,
                            request.tensorboard, final_augment,
-                           describe=lambda: _describe(run, request, dataset, facts))
+                           describe=lambda: _describe(run, request, dataset, facts),
+                           profiler=request.profile and profiling.Profiler(
+                               request.profile, run.profile, ranks, request.recipe, threads),
+                           energy=energy.JobMeter(ranks, request.power_file) if request.energy else None)
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
         code = error.exit_code if isinstance(error, HpcaiError) else 1
@@ -100,9 +117,9 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     return result
 
 
-def _described(request: Request, facts: dict) -> list[str]:
+def _described(request: Request, facts: dict, size: int) -> list[str]:
     """Prepare the run and describe it in its folder, before any other rank can have something to write there."""
-    run, file = prepare(request)
+    run, file = prepare(request, size=size)
     run.failure_file.unlink(missing_ok=True)
     if not request.resume:
         dataset = Dataset(file)
@@ -133,6 +150,22 @@ def _fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
         raise UsageError(f"recipe {recipe.name} decides by what it does not have: {'; '.join(problems)}",
                          mend="change it with --set, or write the data again with --validation-fraction")
     return recipe
+
+
+def _check_profile(asked: tuple[int, int], recipe: Recipe, dataset: Dataset, size: int) -> None:
+    """Check that the training has the steps that are to be profiled.
+
+    Raises:
+        UsageError: it is shorter, or a timeline goes elsewhere already.
+    """
+    batch = recipe.batch_size * recipe.accumulation_steps * size
+    steps = recipe.epochs * -(-len(dataset.split("train")) // batch)
+    if asked[0] > steps:
+        raise UsageError(f"the training has {steps:,} steps", expected="steps of it to profile",
+                         mend="give earlier ones, as in `--profile 20-40`", received=f"{asked[0]}-{asked[1]}")
+    if os.environ.get("HOROVOD_TIMELINE", "DYNAMIC") != "DYNAMIC":
+        raise UsageError("HOROVOD_TIMELINE sends the timeline elsewhere", expected="no such variable with --profile",
+                         mend="unset it", received=os.environ["HOROVOD_TIMELINE"])
 
 
 def _plural(number: int, one: str, many: str) -> str:

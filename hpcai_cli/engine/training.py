@@ -16,6 +16,7 @@ from hpcai_cli.engine import checkpoint, evaluation, history
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
+from hpcai_cli.engine.energy import JobMeter
 from hpcai_cli.engine.model import (
     adapt,
     arrays,
@@ -26,6 +27,7 @@ from hpcai_cli.engine.model import (
     spread_random_state,
 )
 from hpcai_cli.engine.pipeline import Block, Pipeline
+from hpcai_cli.engine.profiling import Profiler
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset, Split
 from hpcai_cli.engine.task import class_weights, task_of
@@ -60,6 +62,10 @@ class Job:
     """The first epoch that may be chosen as the best: weights that go to zero little by little are all gone then."""
     finished: Callable[[keras.Model], keras.Model] = lambda model: model
     """Returns what is saved of a model that was trained."""
+    profiler: Profiler | None = None
+    """Looks into some of the steps."""
+    energy: JobMeter | None = None
+    """Measures the joules from here to the result."""
 
 
 @dataclass
@@ -116,6 +122,8 @@ def train(job: Job, *, resume: bool) -> dict:
     """
     recipe, ranks, run = job.recipe, job.ranks, job.run
     started = time.monotonic()
+    if job.energy:
+        job.energy.start()
 
     # ---- Build everything; rank 0's values count.
     split = job.dataset.split("train")
@@ -136,7 +144,8 @@ def train(job: Job, *, resume: bool) -> dict:
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
     prove_in_step(ranks, weights, when="at the start")
-    compiled = partial(compile_steps, model, optimizer, recipe, ranks, block=next(pipeline.blocks(0)),
+    compiled = partial(compile_steps, model, optimizer, recipe, job.profiler.step_ranks if job.profiler else ranks,
+                       block=next(pipeline.blocks(0)),
                        weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
                        pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs))
     steps = compiled(augment=job.augment)
@@ -148,9 +157,8 @@ def train(job: Job, *, resume: bool) -> dict:
            world_size=ranks.size)
 
     # ---- Train.
-    total, first = len(split) * recipe.epochs, at.step + 1
-    with console.progress("training", total=total, unit=history.unit(recipe),
-                          done=at.epoch * len(split) + at.cursor) as shown:
+    total, first, done = len(split) * recipe.epochs, at.step + 1, at.epoch * len(split) + at.cursor
+    with console.progress("training", total=total, unit=history.unit(recipe), done=done) as shown:
         def after_block() -> None:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
@@ -160,27 +168,32 @@ def train(job: Job, *, resume: bool) -> dict:
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             epoch_started, cursor_started = time.monotonic(), at.cursor
             blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step + 1 == first)
-            stop_asked = run_blocks(job, at, final_steps if at.epoch >= final_epoch else steps, blocks, after_block)
+            chosen = final_steps if at.epoch >= final_epoch else steps
+            if job.profiler:
+                chosen, blocks = job.profiler.watched(chosen, blocks, at, pipeline.steps_per_block)
+            stop_asked = run_blocks(job, at, chosen, blocks, after_block)
             _prove_finite(model, at)
             if stop_asked and at.cursor < len(split):
                 _save(job, at, model, optimizer, weights)
-                _raise_stopped(job, at)
+                _raise_stopped(job, at, samples=at.epoch * len(split) + at.cursor - done)
             row = _finish_epoch(job, at, optimizer, validate,
                                 seconds=time.monotonic() - epoch_started, examples=at.cursor - cursor_started)
             board.write(row, at.step)
             _save(job, at, model, optimizer, weights)
             shown.line(history.sentence(recipe, row))
             if (stop_asked or _anyone_stopped(job)) and at.epoch < recipe.epochs:
-                _raise_stopped(job, at)
+                _raise_stopped(job, at, samples=at.epoch * len(split) - done)
 
     # ---- Choose the best epoch, judge it on the test split, write the result.
     board.close()
+    if job.profiler:
+        job.profiler.close()
     if at.best and at.best["step"] != at.step:
         best = at.best["step"]
         on_rank_zero(ranks, lambda: restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
         ranks.broadcast(model.variables)
         settle_statistics(model)
-    return _finish(job, at, model, seconds=time.monotonic() - started)
+    return _finish(job, at, model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
 
 
 def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block], after_block: Callable) -> bool:
@@ -306,14 +319,25 @@ def _anyone_stopped(job: Job) -> bool:
     return bool(job.ranks.gather(np.array([bool(job.stop.received)])).any())
 
 
-def _raise_stopped(job: Job, at: Position) -> None:
+def _measured(job: Job, samples: int) -> dict:
+    """Return what was measured beside the training, where that was asked for; `samples` were trained meanwhile."""
+    found = {}
+    if job.profiler:
+        job.profiler.close()
+        found["profile"] = job.profiler.result
+    if job.energy:
+        found["energy"] = job.energy.finish(samples)
+    return found
+
+
+def _raise_stopped(job: Job, at: Position, *, samples: int) -> None:
     signals = job.stop.received or "a signal on another rank"
-    _event(job, "stopped", step=at.step, signal=signals)
+    _event(job, "stopped", step=at.step, signal=signals, **_measured(job, samples))
     raise StoppedEarly(f"stopped by {signals} after step {at.step}; the checkpoint is written",
                        mend=f"continue with `hpcai train --resume {job.run.folder}`")
 
 
-def _finish(job: Job, at: Position, model, *, seconds: float) -> dict:
+def _finish(job: Job, at: Position, model, *, seconds: float, samples: int) -> dict:
     """Evaluate the chosen weights on the test split, write model.keras and result.json."""
     recipe, metrics = job.recipe, {}
     last = at.history[-1] if at.history else {}
@@ -328,10 +352,14 @@ def _finish(job: Job, at: Position, model, *, seconds: float) -> dict:
     metrics |= {f"train_{name}": chosen[name] for name in ("loss", task_of(recipe).measure) if name in chosen}
     metrics |= {name: value for name, value in chosen.items() if name.startswith("validation_")}
     metrics |= {"images_per_second": last.get("images_per_second"), "seconds": round(seconds, 3)}
+    measured = _measured(job, samples)
+    if measured.get("energy", {}).get("joules") is not None:
+        metrics |= {name: measured["energy"][name] for name in ("joules", "joules_per_sample")}
     result = {"schema": "hpcai.train/1", "command": "train", "run": str(job.run.folder), "metrics": metrics,
               "recipe": recipe.name, "decision_threshold": threshold, "epochs": at.epoch,
               "best_epoch": chosen.get("epoch"), "steps": at.step, "world_size": job.ranks.size,
-              "parameters": model.count_params(), "test_examples": len(job.dataset.splits.get("test", ()))}
+              "parameters": model.count_params(), "test_examples": len(job.dataset.splits.get("test", ())),
+              **measured}
 
     def write() -> None:
         # Named so that Keras takes it for its own format; written whole or not at all.

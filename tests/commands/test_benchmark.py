@@ -1,7 +1,10 @@
 """hpcai benchmark as a user meets it: names, data and photographs, and the benchmarks themselves on very little."""
 
+import csv
 import json
-from importlib import import_module
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,6 @@ import pytest
 from PIL import Image
 
 from hpcai_cli import catalog
-from hpcai_cli.commands.benchmark import NAMES
 from hpcai_cli.engine.benchmarks import measure, sample_photographs, tutorial
 from hpcai_cli.recipe import Recipe
 
@@ -35,23 +37,25 @@ def figures_of(done) -> dict[str, dict]:
 
 # ---- What is asked for is checked before anything starts -----------------------------------------------------------
 
-def test_names_and_data_are_checked(hpcai):
-    assert hpcai("benchmark", "speed").exit_code == 2
+@pytest.mark.parametrize("words", [("speed",), ("all", "speed"), ("input", "--batch-size", "0"),
+                                   ("input", "--emulate-step-ms", "0"), ("train", "--precision", "float8"),
+                                   ("start", "--fail-on", "much")])
+def test_what_is_no_benchmark_is_said(hpcai, words):
+    assert hpcai("benchmark", *words).exit_code == 2
+    assert not Path("benchmarks").exists()
+
+
+def test_data_are_checked(hpcai):
     missing = hpcai("benchmark", "input")
     assert missing.exit_code == 3
     assert "hpcai preprocess" in missing.stderr
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_benchmark_is_there(name):
-    assert callable(import_module(f"hpcai_cli.engine.benchmarks.{name}").measure)
-
-
-def test_photographs_that_are_not_there_are_said_before_the_start(hpcai):
-    done = hpcai("benchmark", "start", "preprocess", "--photographs", "none.zip")
+@pytest.mark.parametrize("words", [("all", "start"), ("preprocess",), ("tutorial",)])
+def test_photographs_that_are_not_there_are_said_before_the_start(hpcai, words):
+    done = hpcai("benchmark", *words, "--photographs", "none.zip")
     assert done.exit_code == 3
-    assert "none.zip" in done.stderr
-    assert "benchmark start" not in done.stderr
+    assert "none.zip" in done.stderr and "benchmark start" not in done.stderr
 
 
 def test_the_tutorial_by_name_needs_real_photographs(hpcai):
@@ -60,10 +64,99 @@ def test_the_tutorial_by_name_needs_real_photographs(hpcai):
     assert "--photographs" in done.stderr
 
 
-def test_among_all_the_tutorial_is_left_out_with_a_note(hpcai):
-    done = hpcai("benchmark")  # ends at MNIST's file, which is missing too
-    assert done.exit_code == 3
-    assert "tutorial is left out" in done.stderr and "--photographs" in done.stderr
+def test_the_folder_for_the_result_is_a_new_one(hpcai):
+    Path("taken").mkdir()
+    Path("taken/mine.txt").write_text("mine")
+    done = hpcai("benchmark", "start", "--output", "taken")
+    assert done.exit_code == 3 and "not empty" in done.stderr
+    assert [path.name for path in Path("taken").iterdir()] == ["mine.txt"]
+
+
+# ---- What is kept, shown and compared ------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr("hpcai_cli.engine.benchmarks.start.ROUNDS", 3)
+
+
+def test_a_result_is_kept_with_all_that_it_depends_on(hpcai, quick):
+    done = hpcai("benchmark", "start", "--output", "first", "--json")
+    document = json.loads(Path("first/result.json").read_text())
+    shown = json.loads(done.stdout)
+    assert shown.pop("folder") == "first" and shown.pop("changes") == [] and shown == document
+    assert document["complete"] is True and document["machine"]["cores"] >= 1
+    assert document["before"]["fixed_work_ms"] > 0 and document["after"]["fixed_work_ms"] > 0
+    assert document["versions"]["tensorflow"] and document["energy"] is None
+    rows = list(csv.DictReader(Path("first/figures.csv").read_text().splitlines()))
+    assert [row["figure"] for row in rows] == [row["name"] for row in document["figures"]]
+    for row in document["figures"][:3]:
+        low, high = row["interval"]
+        assert low <= row["value"] <= high and len(row["rounds"]) == 3
+
+
+def test_worse_figures_end_in_exit_code_5_and_are_named(hpcai, quick):
+    assert hpcai("benchmark", "start", "--output", "first").exit_code == 0
+    old = json.loads(Path("first/result.json").read_text())
+    for row in old["figures"]:
+        row["value"], row["rounds"] = row["value"] / 1000, [value / 1000 for value in row["rounds"]]
+        row["interval"] = row["interval"] and [value / 1000 for value in row["interval"]]
+    Path("fast.json").write_text(json.dumps(old))
+    done = hpcai("benchmark", "start", "--output", "second", "--compare", "fast.json")
+    assert done.exit_code == 5 and "hpcai --help is " in done.stderr and "worse" in done.stderr
+    assert json.loads(Path("second/result.json").read_text())["complete"] is True
+    # A thousand times slower is more than 5 %, and less than ten thousand times.
+    assert hpcai("benchmark", "start", "--compare", "fast.json", "--fail-on", "9900%").exit_code == 5
+    old["machine"]["cores"] += 1
+    Path("other.json").write_text(json.dumps(old))
+    broken = {"other.json": "another machine", "first/figures.csv": "cannot read", "none": "cannot read"}
+    for name, said in broken.items():
+        done = hpcai("benchmark", "start", "--output", "third", "--compare", name)
+        assert done.exit_code == 3 and said in done.stderr and not Path("third").exists()
+
+
+@pytest.mark.parametrize("damage", [{"schema": "hpcai.benchmark/1"}, {"figures": None}, {"figures": [{}]},
+                                    {"machine": []}])
+def test_a_result_that_cannot_be_read_is_said(hpcai, quick, damage):
+    assert hpcai("benchmark", "start", "--output", "first").exit_code == 0
+    document = json.loads(Path("first/result.json").read_text()) | damage
+    Path("first/result.json").write_text(json.dumps(document))
+    done = hpcai("benchmark", "start", "--compare", "first")
+    assert done.exit_code == 3 and "result.json" in done.stderr
+    assert "0 results" in hpcai("benchmark", "list", ".").stdout
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(tmp_path):
+    process = subprocess.Popen([measure.PROGRAM, "benchmark", "serve", "--output", "kept"], cwd=tmp_path,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    for line in process.stderr:
+        if "added at the median" in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 130 and "is kept in kept" in said
+    document = json.loads((tmp_path / "kept/result.json").read_text())
+    assert document["complete"] is False and len(document["figures"]) >= 1 and document["after"]
+
+
+def test_several_make_a_page_and_a_table(hpcai):
+    done = hpcai("benchmark", "all", "start", "--output", "kept")
+    assert done.exit_code == 0, done.stderr
+    page = Path("kept/report.html").read_text()
+    assert "hpcai train --help" in page and "<script" not in page
+    listed = json.loads(hpcai("benchmark", "list", "kept", "--json").stdout)["results"]
+    assert [row["benchmark"] for row in listed] == ["start"] and listed[0]["figures"] == 4
+    Path("README.md").write_text("before\n<!-- figures by hpcai benchmark -->\nstale\n<!-- end of figures -->\nafter\n",
+                                 encoding="utf-8")
+    assert hpcai("benchmark", "report", "kept", "--readme", "README.md").exit_code == 0
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "stale" not in text
+    assert "| start | hpcai --help |" in text
+    Path("plain.md").write_text("nothing")
+    done = hpcai("benchmark", "report", "kept", "--readme", "plain.md")
+    assert done.exit_code == 3 and Path("plain.md").read_text() == "nothing"
+    assert hpcai("benchmark", "report", "empty").exit_code == 3
 
 
 # ---- What they measure ---------------------------------------------------------------------------------------------
@@ -74,10 +167,44 @@ def test_start_measures_without_any_data(hpcai):
     assert figures["hpcai --help"]["value"] > 0 and figures["python -c pass"]["value"] > 0
 
 
-def test_input_measures_on_the_given_file(hpcai):
+@pytest.fixture
+def digits(hpcai) -> str:
     assert hpcai("preprocess", "mnist", "--source", "sample", "--output", "digits.h5").exit_code == 0
-    figures = figures_of(hpcai("benchmark", "input", "--data", "digits.h5", "--json"))
-    assert figures["MNIST: shuffled batches of 64"]["value"] > 0
+    return "digits.h5"
+
+
+def test_input_measures_on_the_given_file(hpcai, digits, monkeypatch):
+    from hpcai_cli.engine.benchmarks import input
+
+    for name, value in {"ROUNDS": 3, "SECONDS": 0.2, "SEARCH_ROUNDS": 2, "PHOTOGRAPHS": 500}.items():
+        monkeypatch.setattr(input, name, value)
+    figures = figures_of(hpcai("benchmark", "input", "--data", digits, "--emulate-step-ms", "50", "--emulate-step-ms",
+                               "0.001", "--cold", "--json"))
+    assert figures["mnist: shuffled batches of 64"]["value"] > 0
+    assert figures["mnist: bytes of them"]["value"] == pytest.approx(
+        figures["mnist: shuffled batches of 64"]["value"] * 784 / 1e6)
+    # Fifty milliseconds are enough for any batch; a microsecond is for none.
+    assert figures["mnist: utilization of an accelerator of 50 ms"]["value"] > 0.9
+    assert figures["mnist: utilization of an accelerator of 0.001 ms"]["value"] < 0.5
+    assert figures["mnist: an epoch from the disk"]["value"] > 0
+
+
+def test_train_says_where_the_time_goes(hpcai, digits, monkeypatch):
+    from hpcai_cli.engine.benchmarks import train
+
+    for name, value in {"ROUNDS": 2, "SECONDS": 0.2, "FIT_ROUNDS": 1}.items():
+        monkeypatch.setattr(train, name, value)
+    document = json.loads(hpcai("benchmark", "train", "mnist-mlp", "--data", digits, "--precision", "float32",
+                                "--precision", "mixed_bfloat16", "--json").stdout)
+    assert {row["title"] for row in document["tables"]} == {
+        "mnist-mlp: where the time of a step goes", "mnist-mlp, mixed_bfloat16: where the time of a step goes"}
+    for table in document["tables"]:
+        parts = {name: share for name, _, share in table["rows"]}
+        assert list(parts) == ["input", "compute", "communication", "Python"]
+        assert sum(parts.values()) == pytest.approx(1, abs=0.2) and parts["communication"] == 0
+    figures = {row["name"]: row["value"] for row in document["figures"]}
+    assert 0 < figures["mnist-mlp: model FLOP utilization, against a matrix product in float32"] < 1
+    assert figures["mnist-mlp: time of a step, p50"] <= figures["mnist-mlp: time of a step, p99"]
 
 
 def test_preprocess_measures_the_photographs_that_can_be_used(hpcai, pets):
@@ -154,8 +281,7 @@ def test_made_photographs_differ_and_are_the_same_each_time():
 
 
 def test_of_many_photographs_an_even_choice_is_measured(pets):
-    setting = measure.Setting(Path("none.h5"), {}, None, pets)
-    with sample_photographs.photograph_folder(setting, RECIPE, 30) as folder:
+    with sample_photographs.photograph_folder(pets, RECIPE, 30) as folder:
         counts = {name: len(list((folder / name).iterdir())) for name in ("cat", "dog")}
     assert sum(counts.values()) == 30 and min(counts.values()) >= 14
 

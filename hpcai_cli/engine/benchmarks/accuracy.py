@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from hpcai_cli.engine.benchmarks import peer_tutorial
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting, median
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, median
 
 WANTED = 0.99
 EPOCHS = 3
@@ -18,17 +18,17 @@ MOST_EPOCHS = 8
 ROUNDS = 2
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure(data: Path) -> list[Figure]:
     """Time whole processes: ours, the peer, ours again."""
     ours, reached = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(ROUNDS):
-            seconds, accuracy = _ours(setting.data, Path(folder) / str(number))
+            seconds, accuracy = _ours(data, Path(folder) / str(number))
             ours.append(seconds)
             reached.append(accuracy)
             if number == 0:
                 peer = json.loads(subprocess.run(
-                    [sys.executable, peer_tutorial.__file__, str(setting.data), str(WANTED), str(MOST_EPOCHS)],
+                    [sys.executable, peer_tutorial.__file__, str(data), str(WANTED), str(MOST_EPOCHS)],
                     capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     said = "reached" if peer["accuracy"] >= WANTED else f"not reached, {peer['accuracy']:.2%}"
     return [median("accuracy", f"hpcai train mnist --epochs {EPOCHS}", ours, "s"),

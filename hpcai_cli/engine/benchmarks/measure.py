@@ -1,37 +1,22 @@
-"""How the benchmarks measure: interleaved rounds, medians, ratios round by round, limits beside the figures."""
+"""How the benchmarks measure: interleaved rounds, medians, ratios round by round, limits beside the figures.
+
+Each benchmark is a module with a function `measure`, which returns or yields what it finds: figures, tables, curves.
+"""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpcai_cli.errors import HpcaiError
-from hpcai_cli.recipe import Recipe
 
 PROGRAM = str(Path(sys.executable).parent / "hpcai")
 """The console script of this environment, for benchmarks of whole commands."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the benchmarks measure with."""
-
-    data: Path
-    """MNIST's dataset file."""
-    recipes: Mapping[str, tuple[Recipe, Callable]]
-    """Recipe and build_model by name: `mnist`, `mnist-mlp` and `dogs-vs-cats`."""
-    augment: Callable
-    """The augmentation of dogs-vs-cats: augment(images, seed, recipe) -> images."""
-    photographs: Path | None = None
-    """The user's photographs of dogs and cats, a folder or an archive; None where the benchmarks make their own."""
-    epochs: int = 15
-    """Epochs of the whole tutorial."""
-    peers: Mapping[str, str] = field(default_factory=dict)
-    """For serve, the Python that has each of the other servers, by name."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +31,8 @@ class Figure:
     """What the project promises; None for figures that are there to explain the others."""
     at_most: bool = False
     """Whether the limit is an upper bound."""
-    spread: tuple[float, float] | None = None
-    """Smallest and largest value of the rounds."""
+    rounds: tuple[float, ...] = ()
+    """The values of which this is the median; empty for what was measured once."""
 
     @property
     def holds(self) -> bool | None:
@@ -56,9 +41,65 @@ class Figure:
             return None
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 
+    @property
+    def less_is_better(self) -> bool | None:
+        """Tell which way is better; None where neither is."""
+        if self.at_most or self.unit in _LESS_IS_BETTER:
+            return True
+        return False if self.limit is not None or "/" in self.unit or self.unit in _MORE_IS_BETTER else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return where the median lies with 95 % confidence; None for what was measured once."""
+        return interval(self.rounds) if self.rounds else None
+
     def to_json(self) -> dict:
-        """Return the figure as JSON values, with whether its limit holds."""
-        return {**asdict(self), "holds": self.holds}
+        """Return the figure as JSON values, with its interval and whether its limit holds."""
+        return {**asdict(self), "interval": self.interval, "holds": self.holds, "less_is_better": self.less_is_better}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that belong together, such as one for each size."""
+
+    benchmark: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple, ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines of points (x, y), to be drawn."""
+
+    benchmark: str
+    title: str
+    x: str
+    """What the x axis shows, with its unit; such as `bytes`."""
+    y: str
+    lines: Mapping[str, tuple[tuple[float, float], ...]]
+    """By name; one whose name begins with `ideal` or `projected` is drawn dashed."""
+    logarithmic: str = ""
+    """Axes with a logarithmic scale: `x`, `y` or `xy`."""
+
+
+_LESS_IS_BETTER = {"s", "ms", "us", "MiB", "MB", "J", "J/sample"}
+_MORE_IS_BETTER = {"ratio", "GFLOP/s"}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return where the median of such values lies with 95 % confidence, whatever their distribution.
+
+    Between two of the values in their order, by the binomial distribution; of fewer than six the smallest and the
+    largest, which is less than 95 % (five: 94 %, three: 75 %).
+    """
+    ordered, count = sorted(values), len(values)
+    place, below = 0, 0.5**count
+    while below <= 0.025 and place < count // 2:
+        place += 1
+        below += math.comb(count, place) * 0.5**count
+    place = max(place - 1, 0)
+    return ordered[place], ordered[-1 - place]
 
 
 def interleaved(rounds: int, **candidates: Callable[[], float]) -> dict[str, list[float]]:
@@ -71,14 +112,14 @@ def interleaved(rounds: int, **candidates: Callable[[], float]) -> dict[str, lis
 
 
 def ratio(benchmark: str, name: str, over: list[float], under: list[float], **limits) -> Figure:
-    """Return the median of the ratios round by round, with their spread."""
+    """Return the median of the ratios round by round, with all of them."""
     ratios = [above / below for above, below in zip(over, under, strict=True)]
-    return Figure(benchmark, name, statistics.median(ratios), "ratio", spread=(min(ratios), max(ratios)), **limits)
+    return Figure(benchmark, name, statistics.median(ratios), "ratio", rounds=tuple(ratios), **limits)
 
 
 def median(benchmark: str, name: str, values: list[float], unit: str, **limits) -> Figure:
-    """Return the median of the values, with their spread."""
-    return Figure(benchmark, name, statistics.median(values), unit, spread=(min(values), max(values)), **limits)
+    """Return the median of the values, with all of them."""
+    return Figure(benchmark, name, statistics.median(values), unit, rounds=tuple(values), **limits)
 
 
 def rate(work: Callable[[], int]) -> float:

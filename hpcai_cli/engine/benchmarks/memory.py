@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure
 from hpcai_cli.engine.store_writer import FORMAT, VERSION, write_attributes
 
 SIZES = (256 << 20, 3 << 30)
@@ -48,7 +48,7 @@ sys.exit(done.returncode)
 """
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure() -> list[Figure]:
     """Train once on a small and once on a large file, both under the same limit, and compare the peaks."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "large.py"

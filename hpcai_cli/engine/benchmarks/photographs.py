@@ -3,6 +3,7 @@
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from itertools import islice
@@ -15,7 +16,7 @@ from tensorflow.keras.preprocessing.image import ImageDataGenerator
 
 from hpcai_cli import console
 from hpcai_cli.engine import hardware
-from hpcai_cli.engine.benchmarks.measure import Figure, Setting, interleaved, median, rate, ratio
+from hpcai_cli.engine.benchmarks.measure import Figure, interleaved, median, rate, ratio
 from hpcai_cli.engine.benchmarks.sample_photographs import photograph_folder
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.model import build
@@ -37,13 +38,12 @@ STEPS = 20
 """Of training in one round, a few seconds."""
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure(recipe: Recipe, build_model: Callable, augment: Callable, own: Path | None) -> list[Figure]:
     """Preprocess once, read epochs of the same photographs three ways, then train with and without augmentation."""
-    recipe, build_model = setting.recipes["dogs-vs-cats"]
     # All photographs in one split, as the peers have them.
     recipe = recipe.override({"test_fraction": "0", "validation_fraction": "0"})
     hardware.set_up(local_rank=0, local_size=1)
-    with photograph_folder(setting, recipe, COUNT) as photographs, tempfile.TemporaryDirectory() as name:
+    with photograph_folder(own, recipe, COUNT) as photographs, tempfile.TemporaryDirectory() as name:
         data = Path(name) / "photographs.h5"
         started = time.perf_counter()
         preprocessing.preprocess(
@@ -56,7 +56,7 @@ def measure(setting: Setting) -> list[Figure]:
         precision, _ = hardware.choose_precision(recipe.precision)
         try:
             hardware.set_precision(precision)
-            job = Job(recipe, Run(Path(name)), dataset, Serial(), build_model, partial(setting.augment, recipe=recipe))
+            job = Job(recipe, Run(Path(name)), dataset, Serial(), build_model, partial(augment, recipe=recipe))
             return [*figures, *_training(job, precision)]
         finally:
             hardware.set_precision(policy)

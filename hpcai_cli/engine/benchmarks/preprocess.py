@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from PIL import Image, ImageOps
 
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting, interleaved, median, rate, ratio
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, interleaved, median, rate, ratio
 from hpcai_cli.engine.benchmarks.sample_photographs import copy_photographs, photograph_folder
 from hpcai_cli.engine.raw import images, preprocessing
 from hpcai_cli.engine.raw.image_files import find_image_files
@@ -32,10 +32,9 @@ GROWTH_LIMIT = 1.1
 SAMPLE_SECONDS = 0.02
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure(recipe: Recipe, own: Path | None) -> list[Figure]:
     """Preprocess the same photographs three ways, then weigh whole processes."""
-    recipe, _ = setting.recipes["dogs-vs-cats"]
-    with (photograph_folder(setting, recipe, COUNT) as photographs, tempfile.TemporaryDirectory() as name):
+    with (photograph_folder(own, recipe, COUNT) as photographs, tempfile.TemporaryDirectory() as name):
         found = find_image_files(photographs, shape=recipe.input_shape, class_names=recipe.class_names)["train"]
         files = [(photographs / file, label) for file, label in zip(found.names, found.labels.tolist(), strict=True)]
         figures = _speed(recipe, photographs, [path for path, _ in files], Path(name))

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 from hpcai_cli.engine import tflite_file
-from hpcai_cli.engine.benchmarks.measure import Figure, Setting, median
+from hpcai_cli.engine.benchmarks.measure import Figure, median
 from hpcai_cli.engine.compression import quantization, quantization_training
 
 SHAPE = (8, 8, 1)
@@ -16,7 +16,7 @@ SPREAD = 400.0
 SEEDS = 5
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure() -> list[Figure]:
     """Train, spoil, convert plainly and after training under quantization, once for each seed."""
     floats, plain, aware = (list(column) for column in zip(*map(_accuracies, range(SEEDS)), strict=True))
     lost, still_lost = ([before - after for before, after in zip(floats, column, strict=True)]
@@ -76,7 +76,7 @@ def _accuracies(seed: int) -> tuple[float, float, float]:
 
     def int8(model: keras.Model):
         content = quantization.convert(model, SHAPE, kind="int8", calibration=train[:quantization.CALIBRATION_EXAMPLES])
-        return tflite_file.runner(content, threads=1, trusted=True)
+        return tflite_file.runner(content, threads=1)
 
     network = depthwise_network(seed)
     fit(network, epochs=12, learning_rate=0.01)

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from hpcai_cli import console
-from hpcai_cli.engine.benchmarks.measure import Setting
 from hpcai_cli.engine.raw.image_files import find_image_files
 from hpcai_cli.engine.raw.preprocessing import preprocess
 from hpcai_cli.engine.raw.sources import open_source
@@ -22,14 +21,14 @@ QUALITY = 90
 
 
 @contextmanager
-def photograph_folder(setting: Setting, recipe: Recipe, count: int) -> Iterator[Path]:
+def photograph_folder(own: Path | None, recipe: Recipe, count: int) -> Iterator[Path]:
     """Yield a folder of at most `count` photographs, cat/*.jpg and dog/*.jpg, the user's own where there are some."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if setting.photographs is None:
+        if own is None:
             make_photographs(folder, count, recipe.class_names)
         else:
-            with usable_photographs(setting.photographs, recipe) as splits:
+            with usable_photographs(own, recipe) as splits:
                 files = [file for split in splits.values() for file in split]
                 # Evenly, since they come sorted by class.
                 rows = np.linspace(0, len(files), min(count, len(files)), endpoint=False, dtype=np.int64)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from hpcai_cli import console
-from hpcai_cli.engine.benchmarks import open_loop, peer_servers
-from hpcai_cli.engine.benchmarks.measure import Figure, Setting, median
+from hpcai_cli.engine.benchmarks import open_loop
+from hpcai_cli.engine.benchmarks.measure import Figure, median
 from hpcai_cli.engine.deployment import formats
 from hpcai_cli.engine.serving import artefact as artefacts
 from hpcai_cli.engine.serving import runners
@@ -43,20 +43,19 @@ PEER_LIMITS = {"litserve": 1.5, "mlserver": 1.5, "flask": 15.0}
 _START_SECONDS = 60.0
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure(recipes: Mapping[str, tuple[Recipe, Callable]], peers: Mapping[str, str]) -> Iterator[Figure]:
     """Start servers of one MNIST model, ours and those of the peers whose Python was given, and load them in turn."""
     server_cores, client_cores = _shares()
     with tempfile.TemporaryDirectory() as place:
-        figures = []
         for name in ("dogs-vs-cats", "mnist"):
             folder = Path(place) / name
-            example = _write_model(*setting.recipes[name], folder)
-            figures += _own(folder, example, server_cores, client_cores)
-        if not setting.peers:
+            example = _write_model(*recipes[name], folder)
+            yield from _own(folder, example, server_cores, client_cores)
+        if not peers:
             console.note("serve: other servers are left out; give their Python as in --peer litserve=/venv/bin/python")
-        for name, python in setting.peers.items():
-            figures += _beside(name, python, folder, example, server_cores, client_cores)
-        return [*figures, *_cold_start(folder, example)]
+        for name, python in peers.items():
+            yield from _beside(name, python, folder, example, server_cores, client_cores)
+        yield from _cold_start(folder, example)
 
 
 def _shares() -> tuple[set[int], set[int]]:
@@ -90,7 +89,7 @@ def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[i
             single, eight = _in_process(folder, example, cores, 1), _in_process(folder, example, cores, 8)
             quiet = _load(port, request, QUIET_RATE, client_cores)
             added.append(quiet.percentile(50) - 1000 * single)
-            most = _throughput(port, request, client_cores)
+            most = _throughput(port, request, client_cores, near=min(rates, default=0.0))
             rates.append(most)
             limits.append(1 / single)
             over_one.append(most * single)
@@ -151,15 +150,16 @@ def _beside(name: str, python: str, folder: Path, example: np.ndarray, cores: se
     headers = {"Content-Type": "application/json"}
     theirs = open_loop.request_of(path, json.dumps(tensor if name == "mlserver" else data).encode(), headers)
     ours = open_loop.request_of("/v2/models/mnist/infer", json.dumps(tensor).encode(), headers)
-    command = [python, peer_servers.__file__, name, str(folder / "model.tflite"), "{port}", str(len(cores))]
+    command = [python, str(Path(__file__).with_name("peer_servers.py")), name, str(folder / "model.tflite"), "{port}",
+               str(len(cores))]
     own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
            "--port", "{port}", "--log-file", os.devnull]
-    ratios, rates = [], []
+    ratios, rates, mine = [], [], []
     with _serving(own, cores) as our_port, _serving(command, cores) as their_port:
         for _ in range(ROUNDS):
-            mine = _throughput(our_port, ours, client_cores)
-            rates.append(_throughput(their_port, theirs, client_cores))
-            ratios.append(mine / rates[-1])
+            mine.append(_throughput(our_port, ours, client_cores, near=min(mine, default=0.0)))
+            rates.append(_throughput(their_port, theirs, client_cores, near=min(rates, default=0.0)))
+            ratios.append(mine[-1] / rates[-1])
     return [median("serve", f"throughput of {name}, JSON", rates, "1/s"),
             median("serve", f"our throughput over that of {name}", ratios, "ratio", limit=PEER_LIMITS[name])]
 
@@ -183,9 +183,13 @@ def _load(port: int, request: bytes, rate: float, cores: set[int]) -> open_loop.
         os.sched_setaffinity(0, before)
 
 
-def _throughput(port: int, request: bytes, cores: set[int]) -> float:
-    """Return the highest rate of answers at a constant rate of requests that the server bears, in 1/s."""
-    rate, best = 20.0, 0.0
+def _throughput(port: int, request: bytes, cores: set[int], near: float) -> float:
+    """Return the highest rate of answers at a constant rate of requests that the server bears, in 1/s.
+
+    Args:
+        near: what an earlier round has found; 0 for the first.
+    """
+    rate, best = max(20.0, near / 2), 0.0
     while True:
         outcome = _load(port, request, rate, cores)
         best = max(best, outcome.answered)

@@ -4,13 +4,13 @@ import subprocess
 import sys
 import time
 
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting, interleaved, median
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, interleaved, median
 
 ROUNDS = 9
 HEAVY = ("tensorflow", "keras", "numpy", "h5py", "horovod")
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure() -> list[Figure]:
     """Time whole processes, interleaved with a Python that does nothing."""
     seconds = interleaved(ROUNDS, bare=lambda: _seconds([sys.executable, "-c", "pass"]),
                           help=lambda: _seconds([PROGRAM, "--help"]),

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpcai_cli import console
 from hpcai_cli.engine.benchmarks import peer_tutorial_photographs
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, Setting, median, ratio, run_json
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, median, ratio, run_json
 from hpcai_cli.engine.benchmarks.sample_photographs import copy_photographs, usable_photographs
 from hpcai_cli.engine.raw.splits import share_out
 from hpcai_cli.recipe import Recipe
@@ -22,20 +22,19 @@ FEW_EPOCHS = ("batch_size=16", "zoom=0.7", "erase=0", "color=0.2", "dropout=0.3"
 """The recipe's own settings are for 200 epochs; a tenth of them wants more steps and less change of the pictures."""
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure(recipe: Recipe, photographs: Path, epochs: int) -> list[Figure]:
     """Time whole processes, ours and the script's in turn, on the same training and test photographs."""
-    recipe, _ = setting.recipes["dogs-vs-cats"]
     ours, script = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        counts = split_photographs(setting.photographs, recipe, folder / "photographs")
+        counts = split_photographs(photographs, recipe, folder / "photographs")
         for number in range(ROUNDS):
-            console.note(f"round {number + 1} of {ROUNDS}: hpcai, then the script, {setting.epochs} epochs each")
-            ours.append(_ours(folder / "photographs", folder / f"ours-{number}", setting.epochs, number))
-            script.append(_script(folder / "photographs", setting.epochs, number))
+            console.note(f"round {number + 1} of {ROUNDS}: hpcai, then the script, {epochs} epochs each")
+            ours.append(_ours(folder / "photographs", folder / f"ours-{number}", epochs, number))
+            script.append(_script(folder / "photographs", epochs, number))
     seconds, accuracies = zip(*ours, strict=True)
     script_seconds, script_accuracies = zip(*script, strict=True)
-    said = f"{setting.epochs} epochs of {counts['train']:,} photographs"
+    said = f"{epochs} epochs of {counts['train']:,} photographs"
     differences = [mine - other for mine, other in zip(accuracies, script_accuracies, strict=True)]
     return [median("tutorial", f"hpcai preprocess and train, {said}", list(seconds), "s"),
             median("tutorial", f"the tutorials' script, {said}", list(script_seconds), "s"),
@@ -43,7 +42,7 @@ def measure(setting: Setting) -> list[Figure]:
             median("tutorial", f"our accuracy on {counts['test']:,} test photographs", list(accuracies), "share"),
             median("tutorial", "the script's accuracy on them", list(script_accuracies), "share"),
             Figure("tutorial", "our accuracy minus the script's, mean", statistics.mean(differences), "share", 0.0,
-                   spread=(min(differences), max(differences)))]
+                   rounds=tuple(differences))]
 
 
 def split_photographs(source: Path, recipe: Recipe, folder: Path) -> dict[str, int]:

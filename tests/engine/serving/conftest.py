@@ -237,5 +237,5 @@ def run(coroutine, seconds: float = 60):
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """Return the functions above, which test modules cannot import from here."""
-    return SimpleNamespace(shape=SHAPE, images=images, infer_body=infer_body, expected=expected, chances_of=chances_of, ask=ask,
-                           run=run, server=server, command=command)
+    return SimpleNamespace(shape=SHAPE, images=images, infer_body=infer_body, expected=expected, chances_of=chances_of,
+                           ask=ask, run=run, server=server, command=command)

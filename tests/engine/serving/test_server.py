@@ -446,6 +446,31 @@ def answers(served) -> bool:
     return False
 
 
+def test_a_worker_whose_model_hangs_is_replaced(exports, kit, serve, tmp_path):
+    @tf.function(input_signature=[tf.TensorSpec((None, *kit.shape), tf.uint8)])
+    def hang_on_white(images):
+        """Answer, and never come to an end where a picture is all white."""
+        hangs = tf.reduce_all(images == 255)
+        images = tf.while_loop(lambda images: hangs, lambda images: [images], [images])[0]
+        return {"scores": tf.reshape(tf.cast(images, tf.float32), (-1, 16))[:, :3]}
+
+    module = tf.Module()
+    module.call = hang_on_white
+    saved = tmp_path / "hanging" / "saved_model"
+    tf.saved_model.save(module, str(saved), signatures=module.call)
+    files = {file.relative_to(saved.parent).as_posix(): {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+             for file in saved.rglob("*") if file.is_file()}
+    export = exports.write(saved.parent, kind="saved_model", file="saved_model", files=files)
+    with serve(export, "--timeout", 0.5) as served:
+        before = served.workers()
+        body = kit.infer_body(np.full((1, *kit.shape), 255, np.uint8))
+        assert served.ask("POST", INFER, body).status == 504
+        until(lambda: served.workers() and served.workers() != before, 30)
+        assert "ended: a model ran for longer than any request waits; starting another" in served.said()
+        until(lambda: answers(served), 30)
+        assert served.ask("POST", INFER, kit.infer_body(np.zeros((1, *kit.shape), np.uint8))).status == 200
+
+
 def test_workers_do_not_outlive_their_parent(exports, serve, tmp_path):
     with serve(exports.write(tmp_path / "tiny"), "--workers", 2) as served:
         workers = served.workers()

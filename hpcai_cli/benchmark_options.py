@@ -1,0 +1,70 @@
+"""The options that all benchmarks have, and how a command gets them beside its own."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.models import ArgumentInfo, OptionInfo
+
+from hpcai_cli import launch, options
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every benchmark can be asked for."""
+
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the result is kept; by default "
+                                                "benchmarks/NAME-TIME.")] = None
+    compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="An earlier result of this machine to "
+                                                 "compare with, the file or its folder.")] = None
+    fail_on: Annotated[str, typer.Option(metavar="SHARE", help="With --compare, exit with code 5 when a figure got "
+                                         "worse by more, and by more than chance.")] = "5%"
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 5 when a figure misses its limit.")] = False
+    energy: options.Energy = False
+    power_file: options.PowerFile = None
+    json: options.Json = False
+    verbose: options.Verbose = False
+
+
+class InRanks:
+    """What a command returns to be run again in so many processes, of which rank 0 keeps and shows the result."""
+
+    def __init__(self, np: int):
+        launch.require_horovod(np)
+        self.np = np
+
+
+def with_common(function: Callable[..., Iterable | InRanks], run: Callable) -> Callable[..., None]:
+    """Return a command: the function's own options, then those that all have.
+
+    Args:
+        function: checks what was asked for, and returns what is measured one by one.
+        run: run(name, measured, common, again) measures; `again` are the words of the command for each of several
+            processes.
+    """
+    def command(**given) -> None:
+        common = Common(**{name: given.pop(name) for name in Common.__dataclass_fields__})
+        again = ["benchmark", function.__name__, *_words(parameters, given | vars(common))]
+        run(function.__name__, lambda: function(**given), common, again)
+
+    parameters = [*inspect.signature(function).parameters.values(), *inspect.signature(Common).parameters.values()]
+    command.__name__, command.__doc__, command.__wrapped__ = function.__name__, function.__doc__, function
+    command.__signature__ = inspect.Signature([each.replace(kind=each.KEYWORD_ONLY) for each in parameters])
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def _words(parameters: Iterable[inspect.Parameter], given: Mapping[str, object]) -> list[str]:
+    """Return a command line's words, without the number of processes."""
+    found = []
+    for each in parameters:
+        declared = next(one for one in each.annotation.__metadata__ if isinstance(one, (ArgumentInfo, OptionInfo)))
+        if each.name == "np" or given[each.name] == each.default:
+            continue
+        option = next(iter(declared.param_decls or ()), f"--{each.name.replace('_', '-')}")
+        words = options.words({option: given[each.name]})
+        found += words[1::2] if isinstance(declared, ArgumentInfo) else words
+    return found
