@@ -296,18 +296,14 @@ def allreduce(
         $ mpirun -np 4 hpcai benchmark allreduce --sizes 4,1MB
     """
     module = _module("allreduce")
-    if tune and (operation or sizes or largest):
-        raise UsageError("--tune measures the gradients of mnist", expected="no --operation, --sizes or --largest",
-                         received=operation or sizes or largest)
+    if tune:
+        return _tuned(module.check_ranks(np), operation or sizes or largest)
     operations = module.chosen_operations(operation or "allreduce")
     local_ranks = module.check_ranks(np)
-    shapes = _module("fusion").shapes_of(*_recipes("mnist")["mnist"]) if tune else ()
-    chosen = module.chosen_sizes(sizes, largest, local_ranks) if not tune else []
+    chosen = module.chosen_sizes(sizes, largest, local_ranks)
     if launch.place().size > 1:
-        ranks = _started_ranks()
-        in_ranks = _module("collective_ranks")
-        return in_ranks.measure_step(ranks, shapes) if tune else in_ranks.measure(ranks, operations, chosen)
-    return _module("fusion").measure(local_ranks, shapes) if tune else module.measure(local_ranks, operations, chosen)
+        return _module("collective_ranks").measure(_started_ranks(), operations, chosen)
+    return module.measure(local_ranks, operations, chosen)
 
 
 @_benchmark
@@ -353,6 +349,18 @@ def _started_ranks(groups: Sequence[Sequence[int]] = ()):
         from hpcai_cli.engine import distributed
 
         return distributed.start(groups)
+
+
+def _tuned(ranks: int, other: str | None) -> Iterable:
+    """Measure what Horovod's settings do to the gradients of mnist; options of other measurements have no meaning."""
+    if other:
+        raise UsageError("--tune measures the gradients of mnist", received=other,
+                         expected="no --operation, --sizes or --largest")
+    if launch.place().size > 1:
+        raise UsageError("--tune starts ranks with each setting itself", expected="no launcher", received=ranks,
+                         mend=f"run it without {launch.place().launcher}")
+    module = _module("fusion")
+    return module.measure(ranks, module.shapes_of(*_recipes("mnist")["mnist"]))
 
 
 def _precisions(given: list[str] | None) -> tuple[str, ...]:

@@ -74,6 +74,8 @@ def test_under_a_launcher_neither_one_rank_nor_np(hpcai, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     twice = hpcai("benchmark", "allreduce", "--np", "2")
     assert twice.exit_code == 2 and "mpirun has started 2 processes already" in twice.stderr
+    tuned = hpcai("benchmark", "allreduce", "--tune")
+    assert tuned.exit_code == 2 and "run it without mpirun" in tuned.stderr
 
 
 # ---- Real ranks ----------------------------------------------------------------------------------------------------

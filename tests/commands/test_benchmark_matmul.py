@@ -1,10 +1,7 @@
-"""hpcai benchmark matmul as a user meets it: alone, with --np, under horovodrun and mpirun, and on bad input."""
+"""hpcai benchmark matmul as a user meets it: alone, with --np, under horovodrun, and on bad input."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,20 +57,16 @@ def test_more_ranks_than_rows_or_than_the_host_bears_are_refused(hpcai):
 
 
 @needs_horovod
-@pytest.mark.parametrize("launcher", ["--np", "horovodrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["--np", "horovodrun"])
 def test_two_ranks_keep_one_result(launcher):
-    if launcher == "mpirun" and shutil.which("mpirun") is None:
-        pytest.skip("mpirun is not installed")
-    words = {"--np": [], "horovodrun": gloo_words(2), "mpirun": ["mpirun", "-np", "2", "--oversubscribe"]}[launcher]
-    command = [*words, PROGRAM, "benchmark", "matmul", "--size", "128", "--output", "kept",
-               *(["--np", "2"] if launcher == "--np" else [])]
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    command = [PROGRAM, "benchmark", "matmul", "--size", "128", "--output", "kept"]
+    command = [*command, "--np", "2"] if launcher == "--np" else [*gloo_words(2), *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     document = json.loads(Path("kept/result.json").read_text())
     assert document["complete"] and [row[0] for row in document["tables"][0]["rows"]] == [0, 1]
     figures = {row["name"].removeprefix("float32 128, np 2: "): row for row in document["figures"]}
-    assert figures["SUMMA, efficiency"]["limit"] == 0.85 and figures["SUMMA over row blocks"]["limit"] == 1.2
+    # Promised are larger sizes.
+    assert figures["SUMMA, efficiency"]["limit"] is figures["SUMMA over row blocks"]["limit"] is None
     assert all(0 < figures[f"{name}, scaled residual"]["value"] < 0.01 for name in ("row blocks", "SUMMA"))
     assert all(figures[f"{name}, communication alone"]["value"] > 0 for name in ("row blocks", "SUMMA"))

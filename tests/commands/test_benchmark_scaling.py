@@ -16,7 +16,7 @@ from hpcai_cli.engine import machine
 from hpcai_cli.engine.benchmarks import scaling, scaling_trainings
 
 HPCAI = str(Path(sys.executable).parent / "hpcai")
-MADE_UP = [(products, size) for products in (4, 16, 64) for size in (1 << 16, 1 << 20, 1 << 22, 1 << 24)]
+MADE_UP = [(products, size) for products in (16, 32, 64) for size in (1 << 16, 1 << 20, 1 << 22, 1 << 24)]
 
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 needs_two_cores = pytest.mark.skipif(machine.cores() < 2, reason="one core alone")
@@ -25,14 +25,14 @@ TINY = '''"""A small dense network on made-up images."""
 
 from hpcai_cli.recipe import Recipe
 
-recipe = Recipe(name="tiny", summary="for tests", input_shape=(4, 4, 1), num_classes=3, batch_size=8)
+recipe = Recipe(name="tiny", summary="for tests", input_shape=(64, 64, 3), num_classes=3, batch_size=8)
 
 
 def sample():
     import numpy as np
 
     labels = np.arange(300) % 3
-    images = (np.random.default_rng(0).random((300, 4, 4, 1)) * 200).astype(np.uint8)
+    images = (np.random.default_rng(0).random((300, 64, 64, 3)) * 200).astype(np.uint8)
     return {"train": (images[:200], labels[:200]), "test": (images[200:], labels[200:])}
 
 
@@ -118,7 +118,7 @@ def test_one_and_two_ranks_and_whole_trainings(hpcai, tiny, monkeypatch):
 def test_under_a_launcher_the_job_itself_is_measured(tiny):
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     done = subprocess.run(["mpirun", "-np", "2", "--bind-to", "core", HPCAI, *tiny, "--mode", "weak", "--output",
-                           "result", "--json"], env=environment, capture_output=True, text=True, timeout=120)
+                           "result", "--json"], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     figures = {figure["name"]: figure for figure in json.loads(done.stdout)["figures"]}
     share = figures["weak, 8 images a step and rank: 2 ranks, communication"]

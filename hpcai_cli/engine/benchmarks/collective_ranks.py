@@ -1,7 +1,6 @@
 """What each rank runs that measures collective operations, however it was started."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ import tensorflow as tf
 from hpcai_cli import console
 from hpcai_cli.engine import distributed, hardware
 from hpcai_cli.engine.benchmarks import averaged_gradients, collectives
-from hpcai_cli.engine.benchmarks.collective_report import NAME, Point, adapter_figures, point_figures, summaries
-from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table, median
+from hpcai_cli.engine.benchmarks.collective_report import Point, adapter_figures, point_figures, summaries
+from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.engine.distributed import Horovod
 from hpcai_cli.errors import HpcaiError
 
@@ -31,18 +30,6 @@ def measure(ranks: Horovod, operations: Sequence[str], sizes: Sequence[int]) -> 
         else:
             yield from adapter_figures(record)
     yield from summaries(points)
-    ranks.stop()
-
-
-def measure_step(ranks: Horovod, shapes: Sequence[Sequence[int]]) -> Iterator[Figure]:
-    """Measure a step that averages tensors of these shapes, with the settings that these ranks were started with."""
-    given = [f"{name}={os.environ[name]}" for name in ("HOROVOD_FUSION_THRESHOLD", "HOROVOD_CYCLE_TIME")
-             if name in os.environ]
-    console.note("of the two settings, these ranks have " + (", ".join(given) or "Horovod's own") +
-                 "; without a launcher, hpcai starts ranks with others to compare")
-    for record in records(ranks, {"shapes": [list(shape) for shape in shapes], "rounds": ROUNDS}):
-        yield median(NAME, f"step with these settings, {ranks.size} ranks, {record['transport']}",
-                     [1e3 * seconds for seconds in record["seconds"]], "ms")
     ranks.stop()
 
 

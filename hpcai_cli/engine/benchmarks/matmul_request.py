@@ -43,7 +43,7 @@ def checked_request(size: int, dtype: str, algorithm: str, width: int | None) ->
     if width is not None and algorithm == "rows":
         raise UsageError("row blocks have no panels", expected="no --block", received=width)
     algorithms = matrix_split.ALGORITHMS if algorithm == "both" else (algorithm,)
-    return Request(size, dtype, algorithms, width or matrix_split.panel_width(size))
+    return Request(size, dtype, algorithms, width or matrix_split.panel_width(size, dtype))
 
 
 def check_ranks(np: int | None) -> int:

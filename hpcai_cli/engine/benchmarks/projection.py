@@ -68,32 +68,31 @@ class Costs:
         return replace(self, algorithm=algorithm)
 
 
-def fit(observations: Sequence[Observation], algorithm: str | None = None) -> Costs:
+def fit(observations: Sequence[Observation], algorithm: str | None = None, transfer: float | None = None) -> Costs:
     """Find the costs, none of them negative, that explain the observations best, by least squares of relative errors.
 
     Args:
         algorithm: one of GROWTH; by default the one that explains them better, the first of those that do it alike.
+        transfer: where it is known already, as for steps that were observed with one size of gradients.
     """
     if algorithm is None:
-        fitted = [fit(observations, name) for name in GROWTH]
+        fitted = [fit(observations, name, transfer) for name in GROWTH]
         return min(fitted, key=lambda costs: round(sum(error**2 for error in errors(costs, observations)), 9))
     seconds = np.array([each.seconds for each in observations])
     terms = np.array([_terms(each, algorithm) for each in observations]) / seconds[:, None]
+    rest = np.ones(len(seconds))
+    if transfer is not None:
+        rest, terms = rest - transfer * terms[:, -1], terms[:, :-1]
     # Bytes come in millions and steps by one: brought to one scale, or rounding would decide.
     scale = np.maximum(terms.max(axis=0), np.finfo(float).tiny)
-    found, _ = nnls(terms / scale, np.ones(len(seconds)))
-    return Costs(*(found / scale).tolist(), algorithm)
+    found, _ = nnls(terms / scale, rest)
+    return Costs(*(found / scale).tolist(), *([] if transfer is None else [transfer]), algorithm)
 
 
 def errors(costs: Costs, observations: Sequence[Observation]) -> list[float]:
     """Return by which share of what was measured the model is off, more than 0 where it says too much."""
     return [costs.seconds(each.ranks, each.units, each.bytes, averaged=each.averaged) / each.seconds - 1
             for each in observations]
-
-
-def combined(compute: Costs, averaging: Costs) -> Costs:
-    """Return the costs of one kind of step with the averaging of another, which was measured with more sizes."""
-    return replace(averaging, step=compute.step, unit=compute.unit, byte=compute.byte, crowding=compute.crowding)
 
 
 def sizes_up_to(most: int, measured: Sequence[int]) -> list[int]:

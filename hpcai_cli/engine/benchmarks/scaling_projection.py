@@ -9,7 +9,7 @@ from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.engine.benchmarks.projection import Costs, Observation
 from hpcai_cli.engine.benchmarks.scaling_results import JobSteps, Kind, Series, baseline, rates
 
-PRODUCTS = (4, 16, 64)
+PRODUCTS = (16, 32, 64)
 """Products of two matrices in a made-up step; of the one in the middle nothing is fitted."""
 BYTES = (1 << 16, 1 << 20, 1 << 22, 1 << 24)
 """Gradients of a made-up step; of the last but one nothing is fitted."""
@@ -39,14 +39,14 @@ def found(jobs: Mapping[int, JobSteps], many: list[Series], fitted: set[int], mo
 
     Args:
         jobs: by their number of ranks; those whose ranks share cores say nothing.
-        fitted: images of one rank in the steps that are fitted.
+        fitted: images of one rank in the steps that are fitted, of those with averaging only the fewest.
     """
     jobs = {size: job for size, job in jobs.items() if job.own_cores}
     if max(jobs, default=1) == 1:
         return
     known = _known(jobs, fitted)
     yield from _checked(known)
-    costs = _fit(known)
+    costs = _fit(known)["recipe"]
     yield Figure("scaling", "model: latency of averaging between two ranks", costs.latency * 1e3, "ms")
     if costs.transfer > 0:
         yield Figure("scaling", "model: bytes that a rank sends", 1e-9 / costs.transfer, "GB/s")
@@ -64,23 +64,23 @@ def _known(jobs: Mapping[int, JobSteps], fitted: set[int]) -> list[_Known]:
         for measured in job.steps:
             kind = measured.kind
             inner = (kind.units == PRODUCTS[1] or kind.bytes == BYTES[-2] if kind.of == "made-up"
-                     else measured.averaged or kind.units not in fitted)
+                     else kind.units not in fitted or measured.averaged and kind.units != min(fitted))
             # The fastest round: whatever else runs on a machine adds to a step, and is no part of what it costs.
             found.append(_Known(kind.of, inner or size == left_out_ranks, Observation(
                 size, kind.units, kind.bytes, measured.averaged, min(measured.slowest()))))
     return found
 
 
-def _fit(known: list[_Known]) -> Costs:
-    """Take the averaging from the made-up steps, and what the recipe computes from its steps without averaging."""
+def _fit(known: list[_Known]) -> dict[str, Costs]:
+    """Take the time of a byte from the made-up steps, which have several sizes of gradients, and the rest of each kind
+    of steps from itself."""
     averaging = projection.fit([each.step for each in known if each.of == "made-up"])
-    compute = projection.fit([each.step for each in known if each.of == "recipe" and not each.step.averaged])
-    return projection.combined(compute, averaging)
+    recipe = [each.step for each in known if each.of == "recipe"]
+    return {"made-up": averaging, "recipe": projection.fit(recipe, averaging.algorithm, averaging.transfer)}
 
 
 def _checked(known: list[_Known]) -> Iterator[Figure | Table]:
-    kept = [each for each in known if not each.left_out]
-    costs = {"recipe": _fit(kept), "made-up": projection.fit([each.step for each in kept if each.of == "made-up"])}
+    costs = _fit([each for each in known if not each.left_out])
     rows, worst = [], {}
     for each in known:
         if each.left_out:

@@ -128,6 +128,17 @@ def test_a_product_without_one_panel_is_found_in_bfloat16_too():
     assert error > matrix_operands.tolerance(512, "bfloat16")
 
 
+@pytest.mark.parametrize(("size", "ranks", "limits"), [(4096, 2, [0.85, 1.2]), (2048, 2, []), (4096, 4, [])])
+def test_two_ranks_have_limits_from_the_promised_size_on(size, ranks, limits):
+    names = ("alone", "at once", "rows", "rows communication", "summa", "summa communication")
+    figures = list(matmul._figures(Request(size), ranks, {name: [2.0, 2.0] for name in names}, ["rows", "summa"]))
+    assert [figure.limit for figure in figures if figure.limit] == limits
+    found = {figure.name.split(": ")[1]: figure.value for figure in figures}
+    assert found["SUMMA"] == found["the library on one core"] == pytest.approx(size**3 / 1e9)
+    assert found["SUMMA, efficiency"] == pytest.approx(1 / ranks)
+    assert found["the cores at once over row blocks"] == pytest.approx(ranks)
+
+
 @pytest.mark.parametrize("broken", [0.5, np.nan])
 def test_a_wrong_product_ends_the_benchmark(broken):
     ranks, request = distributed.Serial(), Request(64)

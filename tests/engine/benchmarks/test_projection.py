@@ -54,9 +54,11 @@ def test_errors_are_shares_of_what_was_measured():
     assert projection.errors(TRUTH, twice) == pytest.approx([0, -0.5])
 
 
-def test_the_averaging_of_one_kind_of_step_goes_with_the_computation_of_another():
-    compute = Costs(1, 2, 3, 4, 5, 6)
-    assert projection.combined(compute, Costs(10, 20, 30, 40, 50, 60, "ring")) == Costs(1, 2, 3, 4, 50, 60, "ring")
+def test_with_one_size_of_gradients_the_transfer_must_be_known():
+    one_size = [each for each in observed(TRUTH) if each.bytes == 10**6]
+    found = projection.fit(one_size, "recursive doubling", TRUTH.transfer)
+    assert found.transfer == TRUTH.transfer and found.latency == pytest.approx(TRUTH.latency)
+    assert max(map(abs, projection.errors(found, one_size))) < 1e-6
 
 
 @pytest.mark.parametrize(("most", "measured", "sizes"), [

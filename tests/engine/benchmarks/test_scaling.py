@@ -82,8 +82,9 @@ def test_the_model_is_right_where_it_was_not_fitted_and_is_drawn_on_to_1024_rank
     assert figures["model: latency of averaging between two ranks"].value == pytest.approx(0.8)
     assert figures["model: bytes that a rank sends"].value == pytest.approx(1e-9 / 6e-10)
     checked = tables["The model on sizes that were left out of its fit"].rows
-    assert {(row[0], row[2]) for row in checked if not row[4]} >= {("recipe", 512), ("made-up", 16)}
-    assert not [row for row in checked if row[0] == "recipe" and not row[4] and row[2] in FITTED]
+    assert {(row[0], row[2]) for row in checked if not row[4]} >= {("recipe", 512), ("made-up", 32)}
+    assert {row[2:5] for row in checked if row[0] == "recipe"} == {
+        (64, BYTES, True), (512, BYTES, True), (512, BYTES, False), (1024, BYTES, True)}
     title = "Projection by the model, not measured: weak, 64 images a step and rank"
     rows = {row[0]: row for row in tables[title].rows}
     assert list(rows) == [2**power for power in range(11)]
