@@ -15,8 +15,9 @@ CNN = ((3, 3, 3, 32), (32,), (3, 3, 32, 64), (64,), (3, 3, 64, 128), (128,), (3,
        (512,), (512, 1), (1,))
 """The variables of the tutorials' CNN for dogs and cats: 3.5 million parameters, most of them in one matrix."""
 ROUND_SECONDS = 0.05
-ADAPTER_ROUNDS = 3
-"""The adapter's own cost is a few percent at most: it takes so many times the rounds to be seen."""
+ADAPTER_ROUNDS, ADAPTER_SECONDS = 10, 0.02
+"""The adapter's own cost is a few percent at most: it takes so many times the rounds, and short ones, to be told from
+the machine's moods."""
 SIDE, PRODUCTS = 512, 8
 """What stands for a step's own work: so many products of two matrices of 512 x 512, some 10 to 20 ms."""
 
@@ -42,7 +43,7 @@ def measure_adapter(ranks: Horovod, rounds: int) -> dict:
     rounds *= ADAPTER_ROUNDS
     _verify(ranks, ours(gradients, sums)[0])
     raw(gradients, sums)
-    calls = calls_of_a_round(ranks, lambda: raw(gradients, sums), ROUND_SECONDS)
+    calls = calls_of_a_round(ranks, lambda: raw(gradients, sums), ADAPTER_SECONDS)
     seconds = interleaved(rounds, ours=lambda: seconds_of_a_call(ranks, lambda: ours(gradients, sums), calls),
                           raw=lambda: seconds_of_a_call(ranks, lambda: raw(gradients, sums), calls))
     slowest = slowest_of(ranks, [*seconds["ours"], *seconds["raw"]])

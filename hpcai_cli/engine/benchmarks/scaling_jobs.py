@@ -48,7 +48,7 @@ def run(size: int, cores: list[int], words: Sequence[str]) -> JobSteps:
         # The ranks share out these cores as those of `hpcai train --np` do. Open MPI refuses root.
         environment = {**os.environ, launch.REGISTER_VARIABLE: name, "OMPI_ALLOW_RUN_AS_ROOT": "1",
                        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        with said.open("wb") as stream, _sigterm_interrupts():
+        with said.open("wb") as stream, sigterm_interrupts():
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=stream, preexec_fn=lambda: os.sched_setaffinity(0, cores),
                                        start_new_session=True)
@@ -70,7 +70,7 @@ def _first_error(said: Path) -> str:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM, by which a batch system ends a job, do what Ctrl-C does, so that the ranks end with this process."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

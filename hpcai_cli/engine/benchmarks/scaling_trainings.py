@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hpcai_cli import console
 from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, interleaved, median, ratio
+from hpcai_cli.engine.benchmarks.scaling_jobs import sigterm_interrupts
+from hpcai_cli.engine.environment.long_process import end_group
 from hpcai_cli.errors import HpcaiError
 
 ROUNDS = 3
@@ -29,12 +31,13 @@ def measure(reference: str, data: Path, batch_size: int, cores: list[list[int]])
         batch_size: the recipe's.
         cores: of each rank, its own.
     """
-    count = len(cores)
-    many = f"{count} processes on {count} cores" if count == sum(map(len, cores)) else f"{count} processes"
-    one = "one process on one core" if len(cores[0]) == 1 else f"one process on {len(cores[0])} cores"
+    count, each = len(cores), len(cores[0])
+    one = f"one process on {'one core' if each == 1 else f'{each} cores'}"
+    many = f"{'two' if count == 2 else count} processes on {'two' if count * each == 2 else count * each} cores"
     for values in SETTINGS:
         images = int(values.get("batch_size", batch_size)) * int(values.get("accumulation_steps", 1))
         name = f"{images:,} images a step and process"
+        console.note(f"whole trainings, {name}: {ROUNDS} rounds of three")
         with tempfile.TemporaryDirectory() as folder:
             trainings = _Trainings(reference, data, Path(folder), values, cores)
             rates = interleaved(ROUNDS, one=trainings.one, together=trainings.together, apart=trainings.apart)
@@ -45,7 +48,7 @@ def measure(reference: str, data: Path, batch_size: int, cores: list[list[int]])
         yield ratio("scaling", f"{name}: efficiency", rates["together"], ideal,
                     limit=0.90 if values and count == 2 else None)
         # What this machine gives to processes that don't know of each other: memory is shared, not multiplied.
-        yield ratio("scaling", f"{name}: {count} unconnected processes", rates["apart"], ideal)
+        yield ratio("scaling", f"{name}: {'two' if count == 2 else count} unconnected processes", rates["apart"], ideal)
         yield ratio("scaling", f"{name}: against those", rates["together"], rates["apart"])
 
 
@@ -59,29 +62,40 @@ class _Trainings:
 
     def one(self) -> float:
         """One process on the cores of one."""
-        return self._finish(self._start(1, self._cores[0]))
+        return self._rate([(1, self._cores[0])])
 
     def together(self) -> float:
         """Ranks that train one network."""
-        return self._finish(self._start(len(self._cores), [core for cores in self._cores for core in cores]))
+        return self._rate([(len(self._cores), [core for cores in self._cores for core in cores])])
 
     def apart(self) -> float:
         """As many processes that don't know of each other, each on cores of its own."""
-        return sum(self._finish(started) for started in [self._start(1, cores) for cores in self._cores])
+        return self._rate([(1, cores) for cores in self._cores])
+
+    def _rate(self, jobs: list[tuple[int, list[int]]]) -> float:
+        """Run trainings of so many ranks on such cores side by side, and return the sum of their rates."""
+        started = []
+        with sigterm_interrupts():
+            try:
+                for processes, cores in jobs:
+                    started.append(self._start(processes, cores))
+                return sum(self._finish(process, output) for process, output in started)
+            finally:
+                for process, _ in started:
+                    end_group(process)
 
     def _start(self, processes: int, cores: list[int]) -> tuple[subprocess.Popen, Path]:
         self._number += 1
         output = self._folder / str(self._number)
-        console.note(f"training {self._number} of this kind: {processes} rank{'s' if processes > 1 else ''}")
         return subprocess.Popen(
-            [*self._words, "--np", str(processes), "--output", str(output)], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores)), output
+            [*self._words, "--np", str(processes), "--output", str(output)], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores)), output
 
-    def _finish(self, started: tuple[subprocess.Popen, Path]) -> float:
-        process, output = started
+    def _finish(self, process: subprocess.Popen, output: Path) -> float:
         if process.wait() != 0:
             raise HpcaiError("a training of the scaling benchmark failed",
-                             mend=f"run `{' '.join(self._words[:3])} --np {len(self._cores)}`",
+                             mend=f"run `hpcai train {self._words[2]} --np {len(self._cores)}`",
                              received=process.returncode)
         with (output / "history.csv").open() as stream:
             return float(list(csv.DictReader(stream))[-1]["images_per_second"])

@@ -11,6 +11,10 @@ from hpcai_cli.engine.energy import Meter
 from hpcai_cli.errors import GateError
 
 
+IN_RANKS = {"train", "scaling", "allreduce", "matmul"}
+"""What all ranks measure together; under a launcher rank 0 measures the others alone."""
+
+
 def run(name: str, measured: Callable[[], Iterable | InRanks], common: Common, again: Sequence[str]) -> None:
     """Measure, keep and show.
 
@@ -22,6 +26,11 @@ def run(name: str, measured: Callable[[], Iterable | InRanks], common: Common, a
         DataError: the earlier result is not of this machine.
         GateError: a figure misses its limit, or got worse.
     """
+    if launch.place().rank != 0:
+        # Rank 0 keeps what all of them measure together.
+        for _ in measured() if name in IN_RANKS else ():
+            pass
+        return
     share = comparison.parse_share(common.fail_on)
     old = results.read(common.compare) if common.compare else None
     if old:
@@ -30,11 +39,6 @@ def run(name: str, measured: Callable[[], Iterable | InRanks], common: Common, a
     folder, found = results.folder_for(name, common.output), measured()
     if isinstance(found, InRanks):
         rank_processes.run_command(found.np, [*again, *([] if common.output else ["--output", str(folder)])])
-        return
-    if launch.place().rank != 0:
-        # Rank 0 keeps what all of them measure together.
-        for _ in found:
-            pass
         return
     meter = Meter(common.power_file) if common.energy or common.power_file else None
     kept = results.Results(folder, name, surroundings.Watch(), meter)

@@ -20,8 +20,8 @@ from hpcai_cli.engine.serving.tensors import RequestError
 from hpcai_cli.engine.serving.warm_up import opened
 from hpcai_cli.errors import DataError, HpcaiError, printable
 
-_LETTING_GO_SECONDS = 1.0
-"""After which nothing holds a version any more that another one has replaced, in most cases."""
+_LETTING_GO_SECONDS = (1.0, 10.0)
+"""After which nothing holds a version any more that another one has replaced: in most cases, and on a busy machine."""
 
 
 @dataclass(eq=False)
@@ -129,8 +129,8 @@ class Models:
                     before.pop(id(one), None)
             for one in before.values():
                 one.batcher.retire()
-            if before:
-                loop.call_later(_LETTING_GO_SECONDS, loop.run_in_executor, None, memory.give_back)
+            for seconds in _LETTING_GO_SECONDS if before else ():
+                loop.call_later(seconds, loop.run_in_executor, None, memory.give_back)
         return problems
 
     # ---- Loading ---------------------------------------------------------------------------------------------------
