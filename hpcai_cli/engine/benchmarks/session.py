@@ -10,7 +10,6 @@ from hpcai_cli.engine.benchmarks import comparison, results, surroundings
 from hpcai_cli.engine.energy import Meter
 from hpcai_cli.errors import GateError
 
-
 IN_RANKS = {"train", "scaling", "allreduce", "matmul"}
 """What all ranks measure together; under a launcher rank 0 measures the others alone."""
 
