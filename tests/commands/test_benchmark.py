@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcai_cli import catalog
+from hpcai_cli import catalog, rank_processes
 from hpcai_cli.engine.benchmarks import measure, sample_photographs, tutorial
 from hpcai_cli.recipe import Recipe
 
@@ -138,6 +138,16 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path):
     assert process.wait(timeout=60) == 130 and "is kept in kept" in said
     document = json.loads((tmp_path / "kept/result.json").read_text())
     assert document["complete"] is False and len(document["figures"]) >= 1 and document["after"]
+
+
+def test_under_a_launcher_rank_0_alone_measures_what_is_of_one_process(tmp_path):
+    pytest.importorskip("horovod")
+    done = subprocess.run([*rank_processes.launcher_words(2), measure.PROGRAM, "benchmark", "start", "--output", "kept"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+                          env=os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kept in kept") == 1
+    assert json.loads((tmp_path / "kept/result.json").read_text())["complete"] is True
 
 
 def test_several_make_a_page_and_a_table(hpcai):
