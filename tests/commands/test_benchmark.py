@@ -142,8 +142,8 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path):
 
 def test_under_a_launcher_rank_0_alone_measures_what_is_of_one_process(tmp_path):
     pytest.importorskip("horovod")
-    done = subprocess.run([*rank_processes.launcher_words(2), measure.PROGRAM, "benchmark", "start", "--output", "kept"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    words = [*rank_processes.launcher_words(2), measure.PROGRAM, "benchmark", "start", "--output", "kept"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
                           env=os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("kept in kept") == 1
