@@ -75,6 +75,12 @@ def test_the_folder_for_the_result_is_a_new_one(hpcai):
 # ---- What is kept, shown and compared ------------------------------------------------------------------------------
 
 @pytest.fixture
+def digits(hpcai) -> str:
+    assert hpcai("preprocess", "mnist", "--source", "sample", "--output", "digits.h5").exit_code == 0
+    return "digits.h5"
+
+
+@pytest.fixture
 def quick(monkeypatch) -> None:
     monkeypatch.setattr("hpcai_cli.engine.benchmarks.start.ROUNDS", 3)
 
@@ -125,18 +131,18 @@ def test_a_result_that_cannot_be_read_is_said(hpcai, quick, damage):
     assert "0 results" in hpcai("benchmark", "list", ".").stdout
 
 
-def test_what_was_measured_before_ctrl_c_is_kept(tmp_path):
-    process = subprocess.Popen([measure.PROGRAM, "benchmark", "serve", "--output", "kept"], cwd=tmp_path,
+def test_what_was_measured_before_ctrl_c_is_kept(digits):
+    process = subprocess.Popen([measure.PROGRAM, "benchmark", "input", "--data", digits, "--output", "kept"],
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for line in process.stderr:
-        if "added at the median" in line:
+        if "mnist: shuffled batches" in line:
             os.killpg(process.pid, signal.SIGINT)
             break
     said = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=60) == 130 and "is kept in kept" in said
-    document = json.loads((tmp_path / "kept/result.json").read_text())
+    document = json.loads(Path("kept/result.json").read_text())
     assert document["complete"] is False and len(document["figures"]) >= 1 and document["after"]
 
 
@@ -175,12 +181,6 @@ def test_start_measures_without_any_data(hpcai):
     figures = figures_of(hpcai("benchmark", "start", "--json"))
     assert figures["frameworks loaded by train --help"]["holds"] is True
     assert figures["hpcai --help"]["value"] > 0 and figures["python -c pass"]["value"] > 0
-
-
-@pytest.fixture
-def digits(hpcai) -> str:
-    assert hpcai("preprocess", "mnist", "--source", "sample", "--output", "digits.h5").exit_code == 0
-    return "digits.h5"
 
 
 def test_input_measures_on_the_given_file(hpcai, digits, monkeypatch):

@@ -204,7 +204,7 @@ def _in_jobs(subject: Subject, plan: _Plan) -> Iterator[Figure | Table | Curves]
             yield from _told(jobs, plan)
         raise
     yield from _told(jobs, plan)
-    own = max(size for size in plan.sizes if size * share <= len(cores))
+    own = max((size for size in plan.sizes if size * share <= len(cores)), default=1)
     if own > 1 and plan.mode != "strong":
         ours = [cores[rank * share:(rank + 1) * share] for rank in range(own)]
         yield from scaling_trainings.measure(subject.reference, subject.data, subject.recipe.batch_size, ours)

@@ -108,12 +108,12 @@ def _drawn(one: Series, jobs: Mapping[int, JobSteps], costs: Costs, size: int, m
     images = {ranks: one.images_at(ranks) for ranks in sizes}
     by_algorithm = {name: projection.projected(costs.with_algorithm(name), sizes, images, size)
                     for name in projection.GROWTH}
-    rows = [(ranks, "measured" if ranks in jobs else "projected",
+    rows = [(ranks, "measured too" if ranks in jobs else "projected",
              *(value for said in by_algorithm.values() for value in (
                  said[ranks]["rate"], said[ranks]["rate"] / ranks / first, said[ranks]["communication"])))
             for ranks in sizes]
     columns = [f"{what}, {name}" for name in by_algorithm for what in ("images/s", "efficiency", "communication")]
-    yield Table("scaling", f"Projection by the model, not measured: {one.name}", ("ranks", "size", *columns),
+    yield Table("scaling", f"Projection by the model, not measured: {one.name}", ("ranks", "this size", *columns),
                 tuple(rows))
     lines = {"measured": tuple((ranks, statistics.median(rates(job, one.images[ranks])) / ranks / measured_first)
                                for ranks, job in sorted(jobs.items())),

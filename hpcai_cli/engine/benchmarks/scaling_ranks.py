@@ -25,6 +25,7 @@ from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.recipe import Recipe
 
 ROUNDS = 5
+"""Times that each kind of step is measured."""
 SIDE = 256
 """Rows of the square matrices that made-up steps multiply; they stay in a core's cache."""
 NAME_BYTES, MOST_CORES = 64, 4096
@@ -65,7 +66,7 @@ def measure(recipe: Recipe, build_model: Callable, augment: Callable | None, dat
 
 def _count(steps, averaged: bool, ranks: Serial | Horovod, seconds: float) -> int:
     """Warm up, and return how many steps fill so many seconds, by rank 0's clock: all ranks must take as many."""
-    for each in {averaged, False}:
+    for each in sorted({averaged, False}):
         steps.seconds(each, 1)
     return int(ranks.broadcast_json(max(1, round(seconds / steps.seconds(averaged, 2)))))
 

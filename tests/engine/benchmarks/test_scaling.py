@@ -2,14 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from hpcai_cli.engine.benchmarks import scaling_jobs, scaling_projection, scaling_results
+from hpcai_cli.engine.benchmarks import scaling, scaling_jobs, scaling_projection, scaling_results
 from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.engine.benchmarks.projection import Costs
 from hpcai_cli.engine.benchmarks.scaling_results import JobSteps, Kind, Measured
 from hpcai_cli.errors import HpcaiError
+from hpcai_cli.recipe import Recipe
 
 RECIPE = Costs(step=2e-3, unit=3e-4, byte=0, crowding=2e-5, latency=8e-4, transfer=6e-10)
 MADE_UP = Costs(step=1e-4, unit=4e-4, byte=1e-10, crowding=0, latency=8e-4, transfer=6e-10)
@@ -88,7 +90,7 @@ def test_the_model_is_right_where_it_was_not_fitted_and_is_drawn_on_to_1024_rank
     title = "Projection by the model, not measured: weak, 64 images a step and rank"
     rows = {row[0]: row for row in tables[title].rows}
     assert list(rows) == [2**power for power in range(11)]
-    assert rows[1][1] == rows[2][1] == "measured" and {rows[size][1] for size in rows if size > 2} == {"projected"}
+    assert rows[1][1] == rows[2][1] == "measured too" and {rows[size][1] for size in rows if size > 2} == {"projected"}
     seconds = RECIPE.seconds(1024, 64, BYTES)
     assert rows[1024][2] == pytest.approx(1024 * 64 / seconds, rel=1e-4)
     assert rows[1024][3] == pytest.approx(RECIPE.seconds(1, 64, BYTES) / seconds, rel=1e-4)
@@ -133,3 +135,22 @@ def test_each_rank_gets_as_many_cores_in_every_job():
 def test_a_job_that_fails_says_what_its_rank_said():
     with pytest.raises(HpcaiError, match=r"job of 1 rank failed with exit code 2; received: .*no such recipe"):
         scaling_jobs.run(1, sorted(os.sched_getaffinity(0)), ["--recipe", "mnost"])
+
+
+def test_what_was_measured_before_an_interruption_is_told(monkeypatch):
+    """Of the second round's first job: the first round has all sizes."""
+    given = [job(1, FITTED), job(2, FITTED)]
+
+    def run(size, cores, words):
+        if not given:
+            raise KeyboardInterrupt
+        return given.pop(0)
+
+    monkeypatch.setattr(scaling_jobs, "run", run)
+    subject = scaling.Subject(Recipe(name="tiny", summary="", batch_size=64), "tiny", None, None, Path("none.h5"))
+    plan = scaling._Plan((1, 2), "weak", 64, 1024, (64, 1024), 4, 0.1)
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(scaling._in_jobs(subject, plan))
+    names = [each.name for each in found if isinstance(each, Figure)]
+    assert "weak, 64 images a step and rank: 2 ranks, efficiency" in names
