@@ -11,7 +11,8 @@ demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it
 	$(BIN)/hpcai predict $(RUN) tests/digit.png
 
 test: .venv/test horovod  ## run all tests; Horovod is built first, once
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 install: .venv/ready  ## a virtual environment in .venv with hpcai in it, editable
 

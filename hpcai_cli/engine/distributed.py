@@ -138,6 +138,11 @@ def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
         raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod cannot be loaded",
                            expected="Horovod built for the installed TensorFlow",
                            mend="run `hpcai doctor --build-horovod`", received=str(error)) from None
+    except ValueError as error:
+        # So Horovod says that it does not see the ranks of a group.
+        raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod does not see all of them",
+                           expected="Horovod built with MPI, or the job started by horovodrun",
+                           mend="run `hpcai doctor --build-horovod --with-mpi`", received=str(error)) from None
     if ranks.size != place.size:
         raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod sees {ranks.size}",
                            expected="Horovod built with MPI, or the job started by horovodrun",

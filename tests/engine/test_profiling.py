@@ -14,6 +14,8 @@ from hpcai_cli.engine.profiling import Profiler
 from hpcai_cli.errors import StoppedEarly, UsageError
 from hpcai_cli.signals import StopRequest
 
+pytestmark = pytest.mark.alone
+
 
 def profiled(tiny, first: int, last: int, run: str = "run", **settings) -> training.Job:
     job = tiny.job(run, **settings)

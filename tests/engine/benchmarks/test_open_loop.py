@@ -9,6 +9,8 @@ import pytest
 from hpcai_cli.engine.benchmarks import open_loop
 from hpcai_cli.errors import HpcaiError
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def server():

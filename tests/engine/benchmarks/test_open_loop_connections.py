@@ -8,6 +8,8 @@ import pytest
 
 from hpcai_cli.engine.benchmarks import open_loop
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def serve():

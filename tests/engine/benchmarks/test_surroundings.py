@@ -4,7 +4,11 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from hpcai_cli.engine.benchmarks import surroundings
+
+pytestmark = pytest.mark.alone
 
 BURN = "import time; end = time.time() + 4\nwhile time.time() < end: pass"
 

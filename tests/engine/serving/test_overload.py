@@ -15,6 +15,8 @@ from hpcai_cli.engine.serving.request_log import RequestLog
 from hpcai_cli.engine.serving.settings import Settings
 from hpcai_cli.engine.serving.tensors import RequestError
 
+pytestmark = pytest.mark.alone
+
 
 def examples(*values: float) -> np.ndarray:
     return np.array(values, np.float32)[:, None]

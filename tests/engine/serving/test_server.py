@@ -22,6 +22,8 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 
 from hpcai_cli.engine.serving import server
 
+pytestmark = pytest.mark.alone
+
 INFER = "/v2/models/tiny/infer"
 FORESEEN = {200, 400, 401, 404, 405, 408, 411, 413, 415, 431, 503}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 ASK = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
