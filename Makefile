@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := build/demo
 
-.PHONY: demo test install horovod lint format bench fuzz fuzz-server soak wheel clean
+.PHONY: demo test test-long install horovod lint format bench fuzz fuzz-server soak wheel clean
 
 demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
 	rm -rf $(RUN) && $(BIN)/hpcai preprocess mnist --source sample --output build/sample.h5 --force
@@ -11,8 +11,11 @@ demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it
 	$(BIN)/hpcai predict $(RUN) tests/digit.png
 
 test: .venv/test horovod  ## run all tests; Horovod is built first, once
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not long"
+	$(BIN)/python -m pytest -m "alone and not long"
+
+test-long: .venv/test horovod  ## the tests that train again and again, some minutes more
+	$(BIN)/python -m pytest -m long
 
 install: .venv/ready  ## a virtual environment in .venv with hpcai in it, editable
 

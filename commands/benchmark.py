@@ -112,7 +112,7 @@ def scaling(
         min=1, metavar="N", help="Images a step of the whole job, for strong scaling; 16 batches by default.",
         show_default=False)] = None,
     seconds: Annotated[float, typer.Option(min=0.001, max=600, help="How long each kind of step is measured at a "
-                                           "time.")] = 0.3,
+                                           "time.")] = 0.2,
     here: Annotated[bool, typer.Option("--here", hidden=True, help="Measure the ranks of this job; it starts itself "
                                        "so.")] = False,
 ) -> Iterable:

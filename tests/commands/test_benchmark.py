@@ -266,6 +266,7 @@ def test_a_peer_is_one_that_is_known_and_there(hpcai, given):
     assert done.exit_code == 2 and "there is no such peer" in done.stderr
 
 
+@pytest.mark.long
 def test_the_tutorial_runs_both_sides_on_the_same_split(hpcai, pets, monkeypatch):
     monkeypatch.setattr(tutorial, "ROUNDS", 1)
     figures = figures_of(hpcai("benchmark", "tutorial", "--photographs", pets, "--epochs", "1", "--json"))

@@ -117,6 +117,7 @@ def test_under_mpirun_the_ranks_measure_and_verify_every_operation(tmp_path):
 
 
 @needs_horovod
+@pytest.mark.long
 def test_tune_starts_ranks_with_each_setting_and_names_the_best(hpcai, monkeypatch):
     setting = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_CYCLE_TIME": "20"}
     monkeypatch.setattr(fusion, "_settings", lambda total: {fusion.AS_STARTED: {}, f"of {total} bytes": setting})

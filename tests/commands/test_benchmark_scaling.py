@@ -84,6 +84,7 @@ def test_a_launcher_has_started_its_ranks_already(hpcai, tiny, monkeypatch):
 
 @needs_horovod
 @needs_two_cores
+@pytest.mark.long
 def test_one_and_two_ranks(hpcai, tiny, monkeypatch):
     monkeypatch.setattr(scaling, "ROUNDS", 1)
     monkeypatch.setattr(scaling_trainings, "measure", lambda *given: [])
@@ -94,7 +95,7 @@ def test_one_and_two_ranks(hpcai, tiny, monkeypatch):
     for name in ("weak, 8 images a step and rank", "weak, 128 images a step and rank", "strong, 128 images a step"):
         rate, efficiency = figures[f"{name}: 2 ranks"], figures[f"{name}: 2 ranks, efficiency"]
         one = figures[f"{name}: 1 rank"]
-        assert len(rate["rounds"]) == 5
+        assert len(rate["rounds"]) == 8
         assert efficiency["rounds"] == pytest.approx(
             [both / 2 / alone for both, alone in zip(rate["rounds"], one["rounds"], strict=True)])
     assert figures["model: largest error on recipe steps left out"]["limit"] == 0.1
@@ -109,6 +110,7 @@ def test_one_and_two_ranks(hpcai, tiny, monkeypatch):
     assert {(row[2], row[3]) for row in checked if row[0] == "made-up"} < set(MADE_UP)
 
 
+@pytest.mark.long
 def test_whole_trainings_are_compared(tiny, monkeypatch):
     monkeypatch.setattr(scaling_trainings, "ROUNDS", 1)
     monkeypatch.setattr(scaling_trainings, "SETTINGS", ({},))

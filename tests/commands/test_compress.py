@@ -69,6 +69,7 @@ def test_int8_is_smaller_and_goes_through_evaluate_and_predict(hpcai, run):
     assert set(said) == {"file", "label", "probability"}
 
 
+@pytest.mark.long
 def test_pruned_weights_are_zero_in_the_file_and_pack_well(hpcai, run):
     report = report_of(hpcai("compress", run, "--prune", "0.8", "--epochs", "4", "--json"))
     pruned, packed = form(report, "prune_0.8"), form(report, "prune_0.8-float32")
@@ -119,6 +120,7 @@ def test_a_chain_of_all_steps_leaves_each_in_a_folder_of_its_own(hpcai, run):
     assert again["metrics"] == report["metrics"]
 
 
+@pytest.mark.long
 def test_a_student_of_the_same_shapes_begins_with_the_teachers_weights(hpcai, run):
     report = report_of(hpcai("compress", run, "--distill", "dropout=0.1", "--epochs", "1", "--learning-rate", "1e-9",
                              "--json"))
@@ -128,6 +130,7 @@ def test_a_student_of_the_same_shapes_begins_with_the_teachers_weights(hpcai, ru
     assert form(narrower, "distil_width=3")["drop"] > 0.3
 
 
+@pytest.mark.long
 def test_a_student_of_a_table_is_fitted_to_the_data_as_its_teacher_was(hpcai):
     for words in (["preprocess", "shoppers", "--source", "sample", "--output", "visits.h5"],
                   ["train", "shoppers", "--data", "visits.h5", "--epochs", "2", "--output", "visits"],
@@ -140,6 +143,7 @@ def test_a_student_of_a_table_is_fitted_to_the_data_as_its_teacher_was(hpcai):
     np.testing.assert_allclose(student.get_layer("bins").mean, teacher.get_layer("bins").mean, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_form_that_was_killed_before_its_first_checkpoint_is_made_all_the_same(hpcai, run):
     report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "1", "--json"))
     made = run / "compressed" / "prune_0.5"
@@ -153,6 +157,7 @@ def test_a_form_that_was_killed_before_its_first_checkpoint_is_made_all_the_same
     assert form(report, "prune_0.5")["sparsity"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.long
 def test_other_settings_do_not_replace_what_is_there_unasked(hpcai, run):
     report_of(hpcai("compress", run, "--prune", "0.5", "--epochs", "1", "--json"))
     refused = hpcai("compress", run, "--prune", "0.5", "--epochs", "2")
@@ -215,6 +220,7 @@ def build_model(recipe):
     assert hpcai("compress", "lanczos", "--quantize", "int8").exit_code == 2
 
 
+@pytest.mark.long
 def test_a_milder_form_is_taken_where_the_asked_one_does_not_hold(hpcai, run, monkeypatch):
     monkeypatch.setattr(plan, "MILDER", (0.01,))
     report = report_of(hpcai("compress", run, "--prune", "0.97", "--epochs", "1", "--learning-rate", "1e-6",
@@ -224,6 +230,7 @@ def test_a_milder_form_is_taken_where_the_asked_one_does_not_hold(hpcai, run, mo
     assert "the first that holds" in report["notes"][0]
 
 
+@pytest.mark.long
 def test_a_target_is_met_by_the_mildest_form(hpcai, run):
     sizes = {row["name"]: row["bytes"] for row in report_of(
         hpcai("compress", run, "--quantize", "float16", "--json"))["forms"]}

@@ -53,7 +53,7 @@ class Request:
     """Up to how many ranks the model is drawn."""
     total: int = 0
     """Images a step of the whole job in strong scaling; by default LARGE batches, or more until all sizes divide."""
-    seconds: float = 0.3
+    seconds: float = 0.2
     """How long each kind of step is measured at a time."""
     here: bool = False
     """Whether this process is one of a job that the benchmark has started."""

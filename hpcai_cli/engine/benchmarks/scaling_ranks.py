@@ -24,7 +24,7 @@ from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.recipe import Recipe
 
-ROUNDS = 5
+ROUNDS = 8
 """Times that each kind of step is measured."""
 SIDE = 256
 """Rows of the square matrices that made-up steps multiply; they stay in a core's cache."""
