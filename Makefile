@@ -11,7 +11,7 @@ demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it
 	$(BIN)/hpcai predict $(RUN) tests/digit.png
 
 test: .venv/test horovod  ## run all tests; Horovod is built first, once
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m "not alone and not long"
 	$(BIN)/python -m pytest -m "alone and not long"
 
 test-long: .venv/test horovod  ## the tests that train again and again, some minutes more

@@ -81,6 +81,7 @@ def test_under_a_launcher_neither_one_rank_nor_np(hpcai, monkeypatch):
 # ---- Real ranks ----------------------------------------------------------------------------------------------------
 
 @needs_horovod
+@pytest.mark.long
 def test_alone_it_starts_ranks_over_each_transport(hpcai, monkeypatch):
     for name, value in {"PASSES": 1, "ROUNDS": 2}.items():
         monkeypatch.setattr(allreduce, name, value)

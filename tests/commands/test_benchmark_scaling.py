@@ -125,6 +125,7 @@ def test_whole_trainings_are_compared(tiny, monkeypatch):
 @needs_horovod
 @needs_two_cores
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+@pytest.mark.long
 def test_under_a_launcher_the_job_itself_is_measured(tiny):
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     done = subprocess.run(["mpirun", "-np", "2", "--bind-to", "core", HPCAI, *tiny, "--mode", "weak", "--output",

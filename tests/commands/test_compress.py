@@ -183,6 +183,7 @@ def test_a_manifest_without_what_it_should_say_is_refused(hpcai, run):
         (run / "manifest.json").write_text(json.dumps(manifest | {name: "mnist"}))
 
 
+@pytest.mark.long
 def test_a_bound_that_no_form_holds_is_exit_code_5(hpcai, run, monkeypatch):
     """Pruned to almost nothing and hardly trained afterwards, no form is as good as it was."""
     monkeypatch.setattr(plan, "MILDER", (0.99,))
@@ -241,6 +242,7 @@ def test_a_target_is_met_by_the_mildest_form(hpcai, run):
     assert report["chosen"] == tried[-1]["folder"]
 
 
+@pytest.mark.long
 def test_an_impossible_target_is_exit_code_5(hpcai, run):
     done = hpcai("compress", run, "--quantize", "float16", "--prune", "0.5", "--epochs", "1", "--target", "size=10B")
     assert done.exit_code == 5
@@ -256,6 +258,7 @@ def test_a_network_that_cannot_be_cut_that_far_is_exit_code_5_and_said_in_the_re
     assert json.loads((run / "compressed" / "compression.json").read_text())["chosen"] is None
 
 
+@pytest.mark.long
 def test_the_layers_that_int8_harms_most_stay_in_float_where_the_bound_asks_for_it(hpcai, run, monkeypatch):
     monkeypatch.setattr(search, "forms", lambda asked: [(plan.Step("int8"),), (plan.Step("int8", 0.5, "float"),)])
     monkeypatch.setattr(search._Search, "_why_not",
