@@ -128,6 +128,7 @@ def test_evaluate_gives_the_same_numbers_for_one_and_two_processes(folder):
 
 
 @needs_horovod
+@pytest.mark.long
 def test_a_chain_of_compressions_in_two_processes(folder):
     trained = run(HPCAI, "train", "./tiny.py", "--output", "run", "--epochs", "2")
     assert trained.returncode == 0, trained.stderr

@@ -58,6 +58,7 @@ def test_more_ranks_than_rows_or_than_the_host_bears_are_refused(hpcai):
 
 @needs_horovod
 @pytest.mark.parametrize("launcher", ["--np", "horovodrun"])
+@pytest.mark.long
 def test_two_ranks_keep_one_result(launcher):
     command = [PROGRAM, "benchmark", "matmul", "--size", "128", "--output", "kept"]
     command = [*command, "--np", "2"] if launcher == "--np" else [*gloo_words(2), *command]
