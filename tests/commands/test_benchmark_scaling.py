@@ -102,9 +102,9 @@ def test_one_and_two_ranks(hpcai, tiny, monkeypatch):
     rows = {table["title"]: table["rows"] for table in document["tables"]}
     slowest = rows["Scaling, strong, 128 images a step"][1]
     assert slowest[5].startswith("rank ") and "core " in slowest[5] and slowest[-1] == "own"
-    projected = rows["Projection by the model, not measured: weak, 8 images a step and rank"]
+    projected = rows["Projection, not measured: weak, 8 images a step and rank"]
     assert [row[0] for row in projected] == [1, 2, 4, 8, 16, 32, 64]
-    assert Path("result/scaling-projection-by-the-model-not-measured-strong-128-images-a-step.png").stat().st_size
+    assert Path("result/scaling-projection-not-measured-strong-128-images-a-step.png").stat().st_size
     # 4 images, the weak and the strong ones, and the made-up steps, all with and without averaging.
     checked = [row for row in rows["The model on sizes that were left out of its fit"] if row[1] == 2]
     assert {(row[2], row[3]) for row in checked if row[0] == "made-up"} < set(MADE_UP)

@@ -118,7 +118,7 @@ def panel_width(size: int, dtype: str) -> int:
     Wide enough that adding their products up takes little beside the products, which in bfloat16 are fast; narrow
     enough that there are some to overlap with.
     """
-    return max(64, min(1024, size // 4) if dtype == "bfloat16" else min(512, size // 8))
+    return max(64, min(1024 if dtype == "bfloat16" else 512, size // 4))
 
 
 def memory_needed(size: int, ranks: int, dtype: str, algorithms: Sequence[str], width: int) -> int:

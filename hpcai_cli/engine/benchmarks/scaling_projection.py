@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from hpcai_cli import console
 from hpcai_cli.engine.benchmarks import projection
 from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.engine.benchmarks.projection import Costs, Observation
@@ -51,6 +52,8 @@ def found(jobs: Mapping[int, JobSteps], many: list[Series], fitted: set[int], mo
     if costs.transfer > 0:
         yield Figure("scaling", "model: bytes that a rank sends", 1e-9 / costs.transfer, "GB/s")
     size = next(each.step.bytes for each in known if each.of == "recipe")
+    console.note("projected as if all ranks were connected as these are; where distances double is the hopeful line, a "
+                 "ring the cautious one")
     for one in many:
         yield from _drawn(one, jobs, costs, size, most)
 
@@ -113,11 +116,11 @@ def _drawn(one: Series, jobs: Mapping[int, JobSteps], costs: Costs, size: int, m
                  said[ranks]["rate"], said[ranks]["rate"] / ranks / first, said[ranks]["communication"])))
             for ranks in sizes]
     columns = [f"{what}, {name}" for name in by_algorithm for what in ("images/s", "efficiency", "communication")]
-    yield Table("scaling", f"Projection by the model, not measured: {one.name}", ("ranks", "this size", *columns),
+    yield Table("scaling", f"Projection, not measured: {one.name}", ("ranks", "this size", *columns),
                 tuple(rows))
     lines = {"measured": tuple((ranks, statistics.median(rates(job, one.images[ranks])) / ranks / measured_first)
                                for ranks, job in sorted(jobs.items())),
              **{f"projected, {name}": tuple((ranks, said[ranks]["rate"] / ranks / first) for ranks in sizes)
                 for name, said in by_algorithm.items()},
              "ideal": ((sizes[0], 1.0), (sizes[-1], 1.0))}
-    yield Curves("scaling", f"Projection by the model, not measured: {one.name}", "ranks", "efficiency", lines, "x")
+    yield Curves("scaling", f"Projection, not measured: {one.name}", "ranks", "efficiency", lines, "x")

@@ -72,7 +72,7 @@ def test_ranks_that_share_cores_are_shown_and_judge_nothing():
     row = tables["Scaling, weak, 64 images a step and rank"].rows[2]
     assert row[0] == 4 and row[-1] == "shared"
     assert all(row[1] == 2 for row in tables["The model on sizes that were left out of its fit"].rows if row[4])
-    title = "Projection by the model, not measured: weak, 64 images a step and rank"
+    title = "Projection, not measured: weak, 64 images a step and rank"
     assert [size for size, _ in curves[title].lines["measured"]] == [1, 2]
 
 
@@ -87,7 +87,7 @@ def test_the_model_is_right_where_it_was_not_fitted_and_is_drawn_on_to_1024_rank
     assert {(row[0], row[2]) for row in checked if not row[4]} >= {("recipe", 512), ("made-up", 32)}
     assert {row[2:5] for row in checked if row[0] == "recipe"} == {
         (64, BYTES, True), (512, BYTES, True), (512, BYTES, False), (1024, BYTES, True)}
-    title = "Projection by the model, not measured: weak, 64 images a step and rank"
+    title = "Projection, not measured: weak, 64 images a step and rank"
     rows = {row[0]: row for row in tables[title].rows}
     assert list(rows) == [2**power for power in range(11)]
     assert rows[1][1] == rows[2][1] == "measured too" and {rows[size][1] for size in rows if size > 2} == {"projected"}
@@ -106,7 +106,7 @@ def test_of_several_sizes_the_largest_is_left_out_of_the_fit_and_finds_the_algor
 
 def test_strong_scaling_ends_with_one_image_a_rank():
     _, tables, _ = told({1: job(1, {4, 64, 1024}), 2: job(2, {4, 64, 512, 1024})}, mode="strong", most=1 << 20)
-    assert tables["Projection by the model, not measured: strong, 1,024 images a step"].rows[-1][0] == 1024
+    assert tables["Projection, not measured: strong, 1,024 images a step"].rows[-1][0] == 1024
 
 
 def test_one_rank_alone_is_not_projected():
