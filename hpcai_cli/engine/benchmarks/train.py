@@ -49,7 +49,8 @@ def measure(data: Path, recipes: Mapping[str, tuple[Recipe, Callable]], precisio
             with tempfile.TemporaryDirectory() as folder:
                 job = Job(recipe, Run(Path(folder)), dataset, ranks, build_model)
                 loop = _Loop(job)
-                yield from _measure_loop(said, loop, precision, LIMITS.get(name) if number == 0 else None)
+                yield from _measure_loop(said, loop, precision, LIMITS.get(name) if number == 0 and ranks.size == 1
+                                         else None)
                 if number == 0 and ranks.size == 1:
                     epochs = _against_fit(job, loop)
                     yield ratio("train", f"{name}: an epoch against Keras' fit", epochs["ours"], epochs["fit"],
