@@ -16,7 +16,7 @@ from hpcai_cli.engine import machine
 from hpcai_cli.engine.benchmarks import scaling, scaling_trainings
 
 HPCAI = str(Path(sys.executable).parent / "hpcai")
-MADE_UP = [(products, size) for products in (16, 32, 64) for size in (1 << 16, 1 << 20, 1 << 22, 1 << 24)]
+MADE_UP = [(products, size) for products in (16, 32, 64) for size in (1 << 16, 1 << 20, 1 << 22, 1 << 23)]
 
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 needs_two_cores = pytest.mark.skipif(machine.cores() < 2, reason="one core alone")

@@ -12,7 +12,7 @@ from hpcai_cli.engine.benchmarks.scaling_results import JobSteps, Kind, Series, 
 
 PRODUCTS = (16, 32, 64)
 """Products of two matrices in a made-up step; of the one in the middle nothing is fitted."""
-BYTES = (1 << 16, 1 << 20, 1 << 22, 1 << 24)
+BYTES = (1 << 16, 1 << 20, 1 << 22, 1 << 23)
 """Gradients of a made-up step; of the last but one nothing is fitted."""
 LIMIT = 0.10
 

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +36,9 @@ _DRAIN_SECONDS = 0.3
 _KEEP_ALIVE_SECONDS = 75
 """For which an idle connection is kept; longer than proxies keep theirs, which else meet a closed one."""
 _CHECK_SECONDS = 1.0
+_STUCK_SECONDS = 5.0
+"""For which the event loop may stand still on top of what a request waits: a small model runs in it."""
+_STUCK = "a model ran for longer than any request waits"
 _LOAD_SECONDS = 600.0
 
 
@@ -95,6 +100,8 @@ class _Worker:
         self._app.load = self._ask_to_load
         self._asked: dict[int, asyncio.Future] = {}
         self._tasks: set[asyncio.Task] = set()
+        self._turned = float("inf")
+        """When the event loop was last seen to turn."""
 
     def run(self) -> None:
         problems = self._models.load(strict=self._start.first)
@@ -113,6 +120,7 @@ class _Worker:
         loop.add_signal_handler(signal.SIGTERM, self._stop)
         loop.add_reader(self._start.control, self._hear)
         self._begin(self._check())
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         await self._server.serve(sockets=[self._start.listener])
 
     def _started(self, loop: asyncio.AbstractEventLoop, problems: list[str]) -> None:
@@ -167,12 +175,24 @@ class _Worker:
         """Look after connections whose clients are too slow, and make room for another worker when a model hangs."""
         loop = asyncio.get_running_loop()
         while True:
+            self._turned = time.monotonic()
             await asyncio.sleep(_CHECK_SECONDS)
             for connection in list(self._server.server_state.connections):
                 connection.check(loop.time())
             if self._app.is_stuck() and not self._app.draining:
-                self._wire.send({"failed": 1, "error": "a model ran for longer than any request waits"})
+                self._wire.send({"failed": 1, "error": _STUCK})
                 self._stop()
+
+    def _watch(self) -> None:
+        """End the process when the loop itself hangs in a model: nobody else could, and nobody is answered any more."""
+        late = 0
+        # Twice, since the whole process may have been kept from running.
+        while late < 2:
+            time.sleep(_CHECK_SECONDS)
+            since = time.monotonic() - self._turned
+            late = late + 1 if since > self._start.settings.timeout + _STUCK_SECONDS else 0
+        self._wire.send({"failed": 1, "error": _STUCK})
+        os._exit(1)
 
     def _begin(self, coroutine) -> None:
         # The loop itself holds its tasks weakly.
