@@ -1,6 +1,7 @@
 """Serve: what the server adds to a model's own time, how much it bears, and how other servers do with the same file.
 
-The server has one half of the cores, the client that sends at constant rates the other.
+The server has one half of the cores, the client that sends at constant rates the other. What the machine itself adds,
+by its loopback, by waking up and by keeping processes from running, is seen at a bare server that computes nothing.
 """
 
 import json
@@ -31,7 +32,7 @@ ROUNDS = 3
 SECONDS = 3.0
 """Of one load."""
 QUIET_RATE = 100.0
-"""Requests per second at which what the server adds is seen alone."""
+"""Requests per second at which what the server adds to a call at the same rate is seen alone."""
 BEARABLE = 0.98
 """Share of the offered requests that are answered by a server that bears them."""
 STEP = 1.25
@@ -82,13 +83,16 @@ def _write_model(recipe: Recipe, build_model: Callable, folder: Path) -> np.ndar
 
 def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure]:
     request, added, over_one, over_eight, tails = _binary_request(folder.name, example), [], [], [], []
-    rates, limits = [], []
-    with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
-                   "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull], cores) as port:
+    rates, limits, bare_times, bare_tails = [], [], [], []
+    own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
+           "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull]
+    bare = [sys.executable, str(Path(__file__).with_name("bare_server.py")), "{port}"]
+    with _serving(own, cores) as port, _serving(bare, cores) as bare_port:
         for _ in range(ROUNDS):
-            single, eight = _in_process(folder, example, cores, 1), _in_process(folder, example, cores, 8)
+            single, eight, paced = _in_process(folder, example, cores)
             quiet = _load(port, request, QUIET_RATE, client_cores)
-            added.append(quiet.percentile(50) - 1000 * single)
+            added.append(quiet.percentile(50) - 1000 * paced)
+            bare_times.append(_load(bare_port, request, QUIET_RATE, client_cores).percentile(50))
             most = _throughput(port, request, client_cores, near=min(rates, default=0.0))
             rates.append(most)
             limits.append(1 / single)
@@ -96,32 +100,52 @@ def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[i
             over_eight.append(most * eight / 8)
             busy = _load(port, request, 0.7 * most, client_cores)
             tails.append(busy.percentile(99) / busy.percentile(50))
+            busy = _load(bare_port, request, 0.7 * most, client_cores)
+            bare_tails.append(busy.percentile(99) / busy.percentile(50))
     name = f"{folder.name}, one image, binary, one worker"
     return [median("serve", f"{name}: added at the median", added, "ms", limit=1.0, at_most=True),
+            median("serve", f"{folder.name}, the same to a bare server: median", bare_times, "ms"),
             median("serve", f"{name}: answers", rates, "1/s"),
             median("serve", f"{folder.name}: calls of the model alone at batch 1", limits, "1/s"),
             median("serve", f"{name}: answers over these calls", over_one, "ratio", limit=0.8),
             median("serve", f"{name}: answers over the examples of the model alone at batch 8", over_eight, "ratio",
                    limit=0.7),
-            median("serve", f"{name}: p99 over p50 at 70 % of these answers", tails, "ratio", limit=3.0, at_most=True)]
+            median("serve", f"{name}: p99 over p50 at 70 % of these answers", tails, "ratio", limit=3.0, at_most=True),
+            median("serve", f"{folder.name}, the same rate to a bare server: p99 over p50", bare_tails, "ratio")]
 
 
-def _in_process(folder: Path, example: np.ndarray, cores: set[int], size: int) -> float:
-    """Return the seconds of one call of the model in this process on the server's cores, the median of rounds."""
-    before, batch = os.sched_getaffinity(0), np.repeat(example, size, axis=0)
+def _in_process(folder: Path, example: np.ndarray, cores: set[int]) -> tuple[float, float, float]:
+    """Return the seconds of a call of the model in this process on the server's cores.
+
+    Returns:
+        Of one example, call after call; of eight; and of one at the quiet rate, as a server calls it: after a pause a
+        core wakes up first, and its caches are no longer the model's. Medians of rounds, and of calls.
+    """
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
         forward = runners.open_scores(artefacts.Artefact.open(folder), threads=len(cores), trust=True)
-        rounds = []
-        for _ in range(5):
-            calls, started = 0, time.perf_counter()
-            while time.perf_counter() - started < 0.2:
-                forward(batch)
-                calls += 1
-            rounds.append((time.perf_counter() - started) / calls)
-        return statistics.median(rounds)
+        one, eight = (_call_after_call(forward, np.repeat(example, size, axis=0)) for size in (1, 8))
+        paced = []
+        for _ in range(int(QUIET_RATE)):
+            time.sleep(1 / QUIET_RATE)
+            started = time.perf_counter()
+            forward(example)
+            paced.append(time.perf_counter() - started)
+        return one, eight, statistics.median(paced)
     finally:
         os.sched_setaffinity(0, before)
+
+
+def _call_after_call(forward: Callable, batch: np.ndarray) -> float:
+    rounds = []
+    for _ in range(5):
+        calls, started = 0, time.perf_counter()
+        while time.perf_counter() - started < 0.2:
+            forward(batch)
+            calls += 1
+        rounds.append((time.perf_counter() - started) / calls)
+    return statistics.median(rounds)
 
 
 def _cold_start(folder: Path, example: np.ndarray) -> list[Figure]:
