@@ -80,7 +80,8 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that answer.")] = 1,
     threads: Annotated[int, typer.Option(min=0, max=1024, help="Of a model in each worker; 0 shares the cores "
                                          "out.")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, max=4096, help="Examples that a model gets at once.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, max=4096, help="Examples that a model gets at once, at most; "
+                                           "fewer where that is quicker.")] = 32,
     max_delay_ms: Annotated[float, typer.Option(min=0, max=10_000, help="For which a free model waits for more.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds in which a request must have come, and "
                                            "then be answered.")] = 30,

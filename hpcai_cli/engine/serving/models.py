@@ -180,12 +180,12 @@ class Models:
         artefact = replace(artefact, document={**artefact.document, "name": name})
         settings, row = self._settings, self._place.metrics.row(name)
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.workers)
-        scores, cost = opened(artefact, threads=threads, trust=settings.trust, tried=digest in self._place.proven,
-                              max_batch=settings.max_batch)
+        warm = opened(artefact, threads=threads, trust=settings.trust, tried=digest in self._place.proven,
+                      max_batch=settings.max_batch)
         self._place.proven.add(digest)
         recorder = Recorder(artefact, path_of(artefact, self._place.state, self._place.slot))
-        bounds = Bounds(settings.max_batch, settings.max_delay, settings.timeout)
-        batcher = Batcher(scores, artefact.columns, bounds, cost, _recorded(recorder, row))
+        bounds = Bounds(warm.batch, settings.max_delay if warm.batch > 1 else 0.0, settings.timeout)
+        batcher = Batcher(warm.scores, artefact.columns, bounds, warm.cost, _recorded(recorder, row))
         return Version(artefact, version, digest, batcher, recorder)
 
 

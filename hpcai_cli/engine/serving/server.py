@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_whole(0, 1024), default=default.threads,
         help="of a model in each worker; 0 shares the cores out (%(default)s)")
     add("--max-batch", type=_whole(1, 4096), default=default.max_batch,
-        help="examples that a model gets at once (%(default)s)")
+        help="examples that a model gets at once, at most (%(default)s)")
     add("--max-delay-ms", type=_number(0, 10_000), default=0.0, help="for which a free model waits for more (0)")
     add("--timeout", type=_number(0.1, 3600), default=default.timeout,
         help="seconds in which a request must have come, and then be answered (%(default)s)")
