@@ -10,8 +10,8 @@ from hpcai_cli.engine.serving import warm_up
 
 
 @pytest.mark.parametrize(("seconds", "batch"), [
-    (lambda count: 0.01 * count, 1), (lambda count: 0.002 * count**1.2, 1), (lambda count: 0.002, 32),
-    (lambda count: 0.004 * -(-count // 4), 4)], ids=["no gain", "a loss", "all gain", "up to four"])
+    (lambda count: 0.01 * count, 1), (lambda count: 0.002 * count**1.2, 1), (lambda count: 0.01, 32),
+    (lambda count: 0.02 * -(-count // 4), 4)], ids=["no gain", "a loss", "all gain", "up to four"])
 def test_batches_are_as_large_as_they_pay(exports, tmp_path, monkeypatch, seconds, batch):
     artefact = artefacts.Artefact.open(exports.write(tmp_path / "tiny"))
     asked = []
