@@ -129,7 +129,7 @@ def scaling(
         raise UsageError("no such --mode", expected="weak, strong or both", received=mode)
     entry = catalog.find(recipe)
     file = data or Path("data") / f"{entry.data_source().recipe.name}.h5"
-    module = _module("scaling")
+    module = _module("scaling.scaling")
     subject = module.Subject(entry.recipe, entry.reference, entry.function("build_model"), entry.function("augment"),
                              _dataset(file))
     return module.measure(subject, module.Request(_ranks(np), mode, project, total_images or 0, seconds, here))
@@ -153,7 +153,7 @@ def preprocess(photographs: Photographs = None) -> Iterable:
         $ hpcai benchmark preprocess --photographs petimages.zip
     """
     recipes = _recipes("dogs-vs-cats")
-    return _module("preprocess").measure(recipes["dogs-vs-cats"][0], _existing(photographs))
+    return _module("photographs.preprocess").measure(recipes["dogs-vs-cats"][0], _existing(photographs))
 
 
 @_benchmark
@@ -164,8 +164,8 @@ def photographs(photographs: Photographs = None) -> Iterable:
         $ hpcai benchmark photographs
     """
     entry = catalog.find("dogs-vs-cats")
-    return _module("photographs").measure(*_recipes("dogs-vs-cats")["dogs-vs-cats"], entry.function("augment"),
-                                          _existing(photographs))
+    return _module("photographs.photographs").measure(
+        *_recipes("dogs-vs-cats")["dogs-vs-cats"], entry.function("augment"), _existing(photographs))
 
 
 @_benchmark
@@ -180,7 +180,7 @@ def tutorial(
         $ hpcai benchmark tutorial --photographs petimages.zip
     """
     recipes = _recipes("dogs-vs-cats")
-    return _module("tutorial").measure(recipes["dogs-vs-cats"][0], _existing(photographs), epochs)
+    return _module("photographs.tutorial").measure(recipes["dogs-vs-cats"][0], _existing(photographs), epochs)
 
 
 @_benchmark
@@ -212,17 +212,16 @@ def inference(
         $ hpcai benchmark inference runs/mnist-1 --formats function,tflite,tflite-int8 --threads 1 --json
         $ hpcai benchmark inference dogs-vs-cats --batch-sizes 1,16
     """
-    named = _module("inference_formats")
+    named, subjects = _module("inference.inference_formats"), _module("inference.inference_subject")
     names, sizes = named.parse_formats(formats) if formats is not None else None, named.parse_batch_sizes(batch_sizes)
     threads = named.checked_threads(threads)
     if model.endswith(".py") or model.replace("_", "-") in catalog.names() or not (
             "/" in model or Path(model).exists()):
         entry = catalog.find(model)
-        subject = _module("inference_subject").of_recipe(entry.recipe, entry.function("build_model"), data, sizes[-1])
+        subject = subjects.of_recipe(entry.recipe, entry.function("build_model"), data, sizes[-1])
     else:
-        subject = _module("inference_subject").of_run(Path(model), data, sizes[-1], trust=trust_model,
-                                                      find_recipe=catalog.find)
-    module = _module("inference")
+        subject = subjects.of_run(Path(model), data, sizes[-1], trust=trust_model, find_recipe=catalog.find)
+    module = _module("inference.inference")
     return module.measure(subject, names=module.names_for(subject, names), batch_sizes=sizes, threads=threads)
 
 
@@ -262,12 +261,12 @@ def serve(
                  "--certificate": certificate}
         if alone := [option for option, value in given.items() if value]:
             raise UsageError(f"{alone[0]} is for a server that runs already", expected="--url http://HOST:PORT with it")
-        return _module("serve").measure(_recipes("dogs-vs-cats", "mnist"), _peers(peer or []))
+        return _module("load.serve").measure(_recipes("dogs-vs-cats", "mnist"), _peers(peer or []))
     if peer or not model:
         raise UsageError("--url measures one model of one server", expected="--model NAME, and no --peer")
     from hpcai_cli.engine.serving.settings import token_of
 
-    module = _module("serve_url")
+    module = _module("load.serve_url")
     asked = module.Asked(model, seconds, connections, batch_size, tensors, tuple(shape or ()))
     return module.measure(asked.of(url, token_of(token_file) if token_file else "", certificate), rate or ())
 
@@ -295,14 +294,14 @@ def allreduce(
         $ hpcai benchmark allreduce --tune
         $ mpirun -np 4 hpcai benchmark allreduce --sizes 4,1MB
     """
-    module = _module("allreduce")
+    module = _module("collective.allreduce")
     if tune:
         return _tuned(module.check_ranks(np), operation or sizes or largest)
     operations = module.chosen_operations(operation or "allreduce")
     local_ranks = module.check_ranks(np)
     chosen = module.chosen_sizes(sizes, largest, local_ranks)
     if launch.place().size > 1:
-        return _module("collective_ranks").measure(_started_ranks(), operations, chosen)
+        return _module("collective.collective_ranks").measure(_started_ranks(), operations, chosen)
     return module.measure(local_ranks, operations, chosen)
 
 
@@ -326,14 +325,15 @@ def matmul(
         $ hpcai benchmark matmul --size 8192 --dtype bfloat16 --algorithm summa
         $ mpirun -np 4 hpcai benchmark matmul --dtype float64 --json
     """
-    asked = _module("matmul_request")
+    asked = _module("matrix.matmul_request")
     request, ranks = asked.checked_request(size, dtype, algorithm, block), asked.check_ranks(np)
     if launch.place().size == 1:
         asked.check_host(request, ranks)
     asked.check_fit(request, ranks)
     if ranks > launch.place().size:
         return InRanks(ranks)
-    return _module("matmul").measure(_started_ranks(_module("matrix_split").process_groups(ranks)), request)
+    groups = _module("matrix.matrix_split").process_groups(ranks)
+    return _module("matrix.matmul").measure(_started_ranks(groups), request)
 
 
 # ---- What they need ------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def _tuned(ranks: int, other: str | None) -> Iterable:
     if launch.place().size > 1:
         raise UsageError("--tune starts ranks with each setting itself", expected="no launcher", received=ranks,
                          mend=f"run it without {launch.place().launcher}")
-    module = _module("fusion")
+    module = _module("collective.fusion")
     return module.measure(ranks, module.shapes_of(*_recipes("mnist")["mnist"]))
 
 

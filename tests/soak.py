@@ -27,7 +27,7 @@ import numpy as np
 from soak_questions import Questions, Repository, Tally, write_models
 from soak_server import START_SECONDS, WORKERS, Sample, Server
 
-from hpcai_cli.engine.benchmarks import open_loop
+from hpcai_cli.engine.benchmarks.load import open_loop
 from hpcai_cli.run import write_json
 
 FOLDER = Path("build/soak")

@@ -14,7 +14,7 @@ import orjson
 from PIL import Image
 
 from hpcai_cli import console
-from hpcai_cli.engine.benchmarks.open_loop import Answer, request_of
+from hpcai_cli.engine.benchmarks.load.open_loop import Answer, request_of
 from hpcai_cli.engine.serving import artefact as artefacts
 from hpcai_cli.engine.serving import runners
 from hpcai_cli.engine.serving.protocol import HEADER_LENGTH, probabilities

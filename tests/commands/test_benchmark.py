@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from hpcai_cli import catalog, rank_processes
-from hpcai_cli.engine.benchmarks import measure, sample_photographs, tutorial
+from hpcai_cli.engine.benchmarks import measure
+from hpcai_cli.engine.benchmarks.photographs import sample_photographs, tutorial
 from hpcai_cli.recipe import Recipe
 
 RECIPE = Recipe(name="pets", summary="", input_shape=(32, 32, 3), num_classes=2, class_names=("cat", "dog"),
@@ -231,7 +232,7 @@ def test_preprocess_measures_the_photographs_that_can_be_used(hpcai, pets):
 def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as_it_was(hpcai, monkeypatch):
     import keras
 
-    from hpcai_cli.engine.benchmarks import photographs
+    from hpcai_cli.engine.benchmarks.photographs import photographs
 
     for name, value in {"COUNT": 66, "ROUNDS": 1, "EPOCHS": 1, "STEPS": 1}.items():
         monkeypatch.setattr(photographs, name, value)
@@ -246,7 +247,7 @@ def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as
 
 
 def test_serve_measures_our_server_and_leaves_others_out_with_a_note(hpcai, monkeypatch):
-    from hpcai_cli.engine.benchmarks import serve
+    from hpcai_cli.engine.benchmarks.load import serve
 
     for name, value in {"ROUNDS": 1, "SECONDS": 0.2, "STEP": 4.0}.items():
         monkeypatch.setattr(serve, name, value)

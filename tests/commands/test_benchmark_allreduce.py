@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcai_cli.engine import machine
-from hpcai_cli.engine.benchmarks import allreduce, fusion
+from hpcai_cli.engine.benchmarks.collective import allreduce, fusion
 
 HPCAI = str(Path(sys.executable).parent / "hpcai")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hpcai_cli.engine import model_file
-from hpcai_cli.engine.benchmarks import inference
+from hpcai_cli.engine.benchmarks.inference import inference
 from hpcai_cli.engine.compression import quantization
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpcai_cli.engine import machine
-from hpcai_cli.engine.benchmarks import scaling, scaling_trainings
+from hpcai_cli.engine.benchmarks.scaling import scaling, scaling_trainings
 
 HPCAI = str(Path(sys.executable).parent / "hpcai")
 MADE_UP = [(products, size) for products in (16, 32, 64) for size in (1 << 16, 1 << 20, 1 << 22, 1 << 23)]

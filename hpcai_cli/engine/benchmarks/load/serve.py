@@ -1,0 +1,269 @@
+"""Serve: what the server adds to a model's own time, how much it bears, and how other servers do with the same file.
+
+The server has one half of the cores, the client that sends at constant rates the other. What the machine itself adds,
+by its loopback, by waking up and by keeping processes from running, is seen at a bare server that computes nothing.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from hpcai_cli import console
+from hpcai_cli.engine.benchmarks.load import open_loop
+from hpcai_cli.engine.benchmarks.measure import Figure, median
+from hpcai_cli.engine.deployment import formats
+from hpcai_cli.engine.serving import artefact as artefacts
+from hpcai_cli.engine.serving import runners
+from hpcai_cli.errors import HpcaiError
+from hpcai_cli.recipe import Recipe
+from hpcai_cli.run import write_json
+
+ROUNDS = 3
+SECONDS = 3.0
+"""Of one load."""
+QUIET_RATE = 100.0
+"""Requests per second at which what the server adds to a call at the same rate is seen alone."""
+BEARABLE = 0.98
+"""Share of the offered requests that are answered by a server that bears them."""
+STEP = 1.25
+"""Between two rates that are tried."""
+FAR_BELOW = 3.0
+"""Milliseconds of p99 under which the next rate is twice as high."""
+PEER_LIMITS = {"litserve": 1.5, "mlserver": 1.5, "flask": 15.0}
+"""How many times their throughput is promised."""
+_START_SECONDS = 60.0
+
+
+def measure(recipes: Mapping[str, tuple[Recipe, Callable]], peers: Mapping[str, str]) -> Iterator[Figure]:
+    """Start servers of one MNIST model, ours and those of the peers whose Python was given, and load them in turn."""
+    server_cores, client_cores = _shares()
+    with tempfile.TemporaryDirectory() as place:
+        for name in ("dogs-vs-cats", "mnist"):
+            folder = Path(place) / name
+            example = _write_model(*recipes[name], folder)
+            yield from _own(folder, example, server_cores, client_cores)
+        if not peers:
+            console.note("serve: other servers are left out; give their Python as in --peer litserve=/venv/bin/python")
+        for name, python in peers.items():
+            yield from _beside(name, python, folder, example, server_cores, client_cores)
+        yield from _cold_start(folder, example)
+
+
+def _shares() -> tuple[set[int], set[int]]:
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    return set(cores[:half]), set(cores[half:]) or set(cores)
+
+
+def _write_model(recipe: Recipe, build_model: Callable, folder: Path) -> np.ndarray:
+    """Write an untrained model, which takes as long as a trained one, and return one example."""
+    folder.mkdir()
+    model, shape = build_model(recipe), recipe.input_shape
+    for kind in ("tflite", "keras"):
+        formats.write(model, kind, folder, input_shape=shape, dtype=np.uint8)
+    write_json(folder / artefacts.DOCUMENT, {
+        "schema": artefacts.SCHEMA, "name": recipe.name, "kind": "tflite", "file": "model.tflite",
+        "task": "classification", "class_names": list(recipe.class_names), "decision_threshold": None,
+        "inputs": "images", "input_shape": list(shape),
+        "files": {"model.tflite": {"sha256": artefacts.digest(folder / "model.tflite")}}})
+    return np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
+
+
+# ---- Ours ----------------------------------------------------------------------------------------------------------
+
+def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure]:
+    request, added, over_one, over_eight, tails = _binary_request(folder.name, example), [], [], [], []
+    rates, limits, bare_times, bare_tails = [], [], [], []
+    own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
+           "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull]
+    bare = [sys.executable, str(Path(__file__).with_name("bare_server.py")), "{port}"]
+    with _serving(own, cores) as port, _serving(bare, cores) as bare_port:
+        for _ in range(ROUNDS):
+            single, eight, paced = _in_process(folder, example, cores)
+            quiet = _load(port, request, QUIET_RATE, client_cores)
+            added.append(quiet.percentile(50) - 1000 * paced)
+            bare_times.append(_load(bare_port, request, QUIET_RATE, client_cores).percentile(50))
+            most = _throughput(port, request, client_cores, near=min(rates, default=0.0))
+            rates.append(most)
+            limits.append(1 / single)
+            over_one.append(most * single)
+            over_eight.append(most * eight / 8)
+            busy = _load(port, request, 0.7 * most, client_cores)
+            tails.append(busy.percentile(99) / busy.percentile(50))
+            busy = _load(bare_port, request, 0.7 * most, client_cores)
+            bare_tails.append(busy.percentile(99) / busy.percentile(50))
+    name = f"{folder.name}, one image, binary, one worker"
+    return [median("serve", f"{name}: added at the median", added, "ms", limit=1.0, at_most=True),
+            median("serve", f"{folder.name}, the same to a bare server: median", bare_times, "ms"),
+            median("serve", f"{name}: answers", rates, "1/s"),
+            median("serve", f"{folder.name}: calls of the model alone at batch 1", limits, "1/s"),
+            median("serve", f"{name}: answers over these calls", over_one, "ratio", limit=0.8),
+            median("serve", f"{name}: answers over the examples of the model alone at batch 8", over_eight, "ratio",
+                   limit=0.7),
+            median("serve", f"{name}: p99 over p50 at 70 % of these answers", tails, "ratio", limit=3.0, at_most=True),
+            median("serve", f"{folder.name}, the same rate to a bare server: p99 over p50", bare_tails, "ratio")]
+
+
+def _in_process(folder: Path, example: np.ndarray, cores: set[int]) -> tuple[float, float, float]:
+    """Return the seconds of a call of the model in this process on the server's cores.
+
+    Returns:
+        Of one example, call after call; of eight; and of one at the quiet rate, as a server calls it: after a pause a
+        core wakes up first, and its caches are no longer the model's. Medians of rounds, and of calls.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        forward = runners.open_scores(artefacts.Artefact.open(folder), threads=len(cores), trust=True)
+        one, eight = (_call_after_call(forward, np.repeat(example, size, axis=0)) for size in (1, 8))
+        paced = []
+        for _ in range(int(QUIET_RATE)):
+            time.sleep(1 / QUIET_RATE)
+            started = time.perf_counter()
+            forward(example)
+            paced.append(time.perf_counter() - started)
+        return one, eight, statistics.median(paced)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _call_after_call(forward: Callable, batch: np.ndarray) -> float:
+    rounds = []
+    for _ in range(5):
+        calls, started = 0, time.perf_counter()
+        while time.perf_counter() - started < 0.2:
+            forward(batch)
+            calls += 1
+        rounds.append((time.perf_counter() - started) / calls)
+    return statistics.median(rounds)
+
+
+def _cold_start(folder: Path, example: np.ndarray) -> list[Figure]:
+    """Time from the start of a server's process to its first answer."""
+    request, times = _binary_request(folder.name, example), []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--port", "{port}",
+                       "--log-file", os.devnull], os.sched_getaffinity(0)) as port:
+            outcome = open_loop.drive(port, request, rate=1, seconds=0.01, connections=1)
+            if outcome.statuses.get(200) != 1:
+                raise HpcaiError("the server did not answer its first request", received=outcome.statuses)
+            times.append(time.perf_counter() - started)
+    return [median("serve", "start of a server to its first answer, TFLite", times, "s", limit=1.5, at_most=True)]
+
+
+# ---- Others --------------------------------------------------------------------------------------------------------
+
+def _beside(name: str, python: str, folder: Path, example: np.ndarray, cores: set[int],
+            client_cores: set[int]) -> list[Figure]:
+    """Load ours and another server in turn, with the same kind of body: JSON, since all of them take it."""
+    data = {"instances": example.tolist()}
+    path = {"mlserver": "/v2/models/peer/infer"}.get(name, "/predict")
+    tensor = {"inputs": [{"name": "images", "shape": list(example.shape), "datatype": "UINT8",
+                          "data": example.ravel().tolist()}]}
+    headers = {"Content-Type": "application/json"}
+    theirs = open_loop.request_of(path, json.dumps(tensor if name == "mlserver" else data).encode(), headers)
+    ours = open_loop.request_of("/v2/models/mnist/infer", json.dumps(tensor).encode(), headers)
+    command = [python, str(Path(__file__).with_name("peer_servers.py")), name, str(folder / "model.tflite"), "{port}",
+               str(len(cores))]
+    own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
+           "--port", "{port}", "--log-file", os.devnull]
+    ratios, rates, mine = [], [], []
+    with _serving(own, cores) as our_port, _serving(command, cores) as their_port:
+        for _ in range(ROUNDS):
+            mine.append(_throughput(our_port, ours, client_cores, near=min(mine, default=0.0)))
+            rates.append(_throughput(their_port, theirs, client_cores, near=min(rates, default=0.0)))
+            ratios.append(mine[-1] / rates[-1])
+    return [median("serve", f"throughput of {name}, JSON", rates, "1/s"),
+            median("serve", f"our throughput over that of {name}", ratios, "ratio", limit=PEER_LIMITS[name])]
+
+
+# ---- Loads ---------------------------------------------------------------------------------------------------------
+
+def _binary_request(name: str, example: np.ndarray) -> bytes:
+    head = json.dumps({"inputs": [{"name": "images", "shape": list(example.shape), "datatype": "UINT8",
+                                   "parameters": {"binary_data_size": example.nbytes}}],
+                       "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}]}).encode()
+    return open_loop.request_of(f"/v2/models/{name}/infer", head + example.tobytes(), {
+        "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))})
+
+
+def _load(port: int, request: bytes, rate: float, cores: set[int]) -> open_loop.Outcome:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        return open_loop.drive(port, request, rate=rate, seconds=SECONDS)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _throughput(port: int, request: bytes, cores: set[int], near: float) -> float:
+    """Return the highest rate of answers at a constant rate of requests that the server bears, in 1/s.
+
+    Args:
+        near: what an earlier round has found; 0 for the first.
+    """
+    rate, best = max(20.0, near / 2), 0.0
+    while True:
+        outcome = _load(port, request, rate, cores)
+        best = max(best, outcome.answered)
+        if outcome.answered < BEARABLE * outcome.offered or set(outcome.statuses) != {200}:
+            return best
+        # Far below what it bears, the steps are larger.
+        rate *= 2.0 if outcome.percentile(99) < FAR_BELOW else STEP
+
+
+@contextmanager
+def _serving(command: list[str], cores: set[int]) -> Iterator[int]:
+    """Start a server on cores of its own, wait until it listens, and end it; `{port}` in the command is its port."""
+    port = _free_port()
+    words = [word.format(port=port) for word in command]
+    environ: Mapping = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(len(cores))}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, env=environ, stdout=said, stderr=said, start_new_session=True,
+                                   preexec_fn=lambda: os.sched_setaffinity(0, cores))
+        try:
+            _wait(process, port, said)
+            yield port
+        finally:
+            # Some peers leave the processes behind that they started.
+            for stop in (15, 9):
+                try:
+                    os.killpg(process.pid, stop)
+                except ProcessLookupError:
+                    break
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    continue
+            process.wait()
+
+
+def _wait(process: subprocess.Popen, port: int, said) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            open_loop.drive(port, b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", rate=100, seconds=0.01,
+                            connections=1)
+            return
+        except HpcaiError:
+            time.sleep(0.02)
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()[-1:]
+    raise HpcaiError("a server of the benchmark does not start", received=lines[0] if lines else process.poll())
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
