@@ -39,6 +39,18 @@ class Meter:
         self._measurement.start()
         self._started = time.monotonic()
 
+    def mark(self) -> float:
+        """Read what is measured until now, so that `between` knows this moment, and return it as unix time."""
+        return self._measurement.mark()
+
+    def between(self, started: float, ended: float) -> float:
+        """Return the joules between two marks, once `finish` was called.
+
+        Raises:
+            OSError: why nothing can be said.
+        """
+        return self._measurement.between(started, ended)
+
     def finish(self) -> dict:
         """Stop, and return what was measured.
 
@@ -64,6 +76,14 @@ class _FileMeasurement:
             self._reason = str(error)
         self._started = time.time()
 
+    def mark(self) -> float:
+        return time.time()
+
+    def between(self, started: float, ended: float) -> float:
+        if self._reason is not None:
+            raise OSError(self._reason)
+        return self._file.joules(started, ended, part=True)
+
     def finish(self) -> tuple:
         if self._reason is None:
             try:
@@ -85,6 +105,8 @@ class _CounterMeasurement:
         self._kinds = kinds
         self._counters: dict[str, list[Counter]] = {}
         self._reasons: dict[str, str] = {}
+        self._marks: dict[float, dict[str, float]] = {}
+        self._reading = threading.Lock()
         self._ended = threading.Event()
         self._reader = threading.Thread(target=self._read_often, name="energy", daemon=True)
 
@@ -95,6 +117,20 @@ class _CounterMeasurement:
             except (OSError, ValueError) as error:
                 self._reasons[kind] = str(error)
         self._reader.start()
+
+    def mark(self) -> float:
+        self._read()
+        now = time.time()
+        self._marks[now] = {kind: sum(counter.joules for counter in counters)
+                            for kind, counters in self._counters.items()}
+        return now
+
+    def between(self, started: float, ended: float) -> float:
+        if not any(self._counters.values()):
+            raise OSError("; ".join(self._reasons.values()))
+        # Of a kind that was lost meanwhile, no part is known either.
+        return sum(self._marks[ended][kind] - self._marks[started][kind] for kind, counters in self._counters.items()
+                   if counters)
 
     def finish(self) -> tuple:
         self._ended.set()
@@ -119,12 +155,13 @@ class _CounterMeasurement:
             self._read()
 
     def _read(self) -> None:
-        for kind, counters in list(self._counters.items()):
-            try:
-                for counter in counters:
-                    counter.update()
-            except (OSError, ValueError) as error:
-                self._lose(kind, str(error))
+        with self._reading:
+            for kind, counters in list(self._counters.items()):
+                try:
+                    for counter in counters:
+                        counter.update()
+                except (OSError, ValueError) as error:
+                    self._lose(kind, str(error))
 
     def _lose(self, kind: str, reason: str) -> None:
         del self._counters[kind]

@@ -48,8 +48,11 @@ class PowerFile:
         """
         self._begun = self.path.stat().st_size
 
-    def joules(self, started: float, ended: float) -> float:
+    def joules(self, started: float, ended: float, *, part: bool = False) -> float:
         """Return the energy between two unix times, from `begin` to now.
+
+        Args:
+            part: they are those of a part of this time, of which readings without times say nothing.
 
         Raises:
             OSError: the file cannot be read any more, or its readings don't tell.
@@ -59,6 +62,8 @@ class PowerFile:
         if len({len(reading) for reading in readings}) > 1:
             raise OSError(f"{self.path} mixes lines of `watts` and of `unix_seconds watts`")
         if readings and len(readings[0]) == 1:
+            if part:
+                raise OSError(f"the readings in {self.path} have no times, so that nothing can be said of a part")
             # Without times only the place tells which were written meanwhile.
             return self._mean([watts for (start, _), (watts,) in zip(lines, readings, strict=True)
                                if start >= self._begun]) * (ended - started)

@@ -102,6 +102,27 @@ def test_a_long_run_reads_between_so_that_no_round_is_lost(tmp_path, monkeypatch
     assert measured.finish()["joules"] == pytest.approx(21)
 
 
+def test_what_lies_between_two_marks(powercap):
+    measured = meter(powercap)
+    measured.start()
+    first = measured.mark()
+    powercap.set("intel-rapl:0", 3_001_000)
+    second = measured.mark()
+    powercap.set("intel-rapl:1:0", 4_001_000)
+    assert measured.finish()["joules"] == pytest.approx(7)
+    assert measured.between(first, second) == pytest.approx(3)
+
+
+def test_without_counters_nothing_is_known_of_a_part_either(tmp_path):
+    measured = energy.Meter(powercap=tmp_path, nvml=NO_GPU)
+    measured.start()
+    span = measured.mark(), measured.mark()
+    reason = measured.finish()["reason"]
+    with pytest.raises(OSError) as raised:
+        measured.between(*span)
+    assert str(raised.value) == reason
+
+
 def test_amd_shows_packages_without_memory(tmp_path):
     tree = Powercap(tmp_path)
     tree.zone("intel-rapl:0", "package-0", 0, full=65_532_610_987)
@@ -285,6 +306,14 @@ def test_a_large_file_is_read_from_its_end(tmp_path):
 def test_readings_that_do_not_tell_are_a_reason(tmp_path, meanwhile, said):
     with pytest.raises(OSError, match=said):
         reading(tmp_path, "", meanwhile).joules(1.0, 10.0)
+
+
+def test_of_a_part_only_readings_with_times_tell(tmp_path):
+    assert reading(tmp_path, "", "1 100\n2 100\n3 200\n4 200\n").joules(1.0, 2.0, part=True) == pytest.approx(100)
+    file = reading(tmp_path, "", "100\n200\n")
+    assert file.joules(1.0, 3.0) == pytest.approx(300)
+    with pytest.raises(OSError, match="no times, so that nothing can be said of a part"):
+        file.joules(1.0, 2.0, part=True)
 
 
 def test_a_file_that_became_shorter_is_a_reason(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 
 from hpcai_cli.engine import store
 from hpcai_cli.engine.benchmarks import accelerator, step_times
-from hpcai_cli.engine.benchmarks.measure import Figure, Table, interleaved, median, rate, ratio
+from hpcai_cli.engine.benchmarks.measure import Figure, Table, Work, interleaved, median, rate, ratio
 from hpcai_cli.engine.pipeline import Block, Pipeline, epoch_order
 from hpcai_cli.errors import DataError
 from hpcai_cli.recipe import Recipe
@@ -72,7 +72,7 @@ def _made_up(folder: Path) -> Path:
 
 # ---- Rates ---------------------------------------------------------------------------------------------------------
 
-def _rates(name: str, path: Path, batch_size: int, memcpy_limit: float | None) -> Iterator[Figure]:
+def _rates(name: str, path: Path, batch_size: int, memcpy_limit: float | None) -> Iterator[Figure | Work]:
     dataset = store.Dataset(path)
     split = dataset.split("train")
     pipeline = Pipeline(split, batch_size=batch_size, seed=0)
@@ -111,6 +111,7 @@ def _rates(name: str, path: Path, batch_size: int, memcpy_limit: float | None) -
         rates = interleaved(ROUNDS, **{kind: partial(rate, work) for kind, work in works.items()})
     row = split.inputs.dtype.itemsize * int(np.prod(split.inputs.shape[1:]))
     yield median("input", f"{name}: shuffled batches of {batch_size}", rates["ours"], "samples/s")
+    yield rates.work("input", "ours", f"{name}: shuffled batches of {batch_size}", ours())
     yield median("input", f"{name}: bytes of them", [row * each / 1e6 for each in rates["ours"]], "MB/s")
     yield ratio("input", f"{name}: against memcpy of the same bytes", rates["ours"], rates["memcpy"],
                 limit=memcpy_limit)

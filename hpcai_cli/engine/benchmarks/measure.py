@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,6 +69,39 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Samples that were worked on: with --energy, what the joules of a sample are measured of.
+
+    Attributes:
+        samples: of each round.
+        spans: when each round began and ended, unix times.
+    """
+
+    benchmark: str
+    name: str
+    samples: tuple[int, ...]
+    spans: tuple[tuple[float, float], ...]
+
+
+class Rounds(dict):
+    """The values of each candidate, a list by name.
+
+    Attributes:
+        spans: when each of them was measured, from begin to end in unix time, a list by name.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        names = list(names)
+        super().__init__({name: [] for name in names})
+        self.spans: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+
+    def work(self, benchmark: str, candidate: str, name: str, samples: int) -> Work:
+        """Return a candidate's rounds as work on so many samples each."""
+        spans = tuple(self.spans[candidate])
+        return Work(benchmark, name, (samples,) * len(spans), spans)
+
+
+@dataclass(frozen=True)
 class Curves:
     """Lines of points (x, y), to be drawn."""
 
@@ -102,13 +135,29 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[place], ordered[-1 - place]
 
 
-def interleaved(rounds: int, **candidates: Callable[[], float]) -> dict[str, list[float]]:
+def interleaved(rounds: int, **candidates: Callable[[], float]) -> Rounds:
     """Call the candidates in turn, A B A B, so that a machine whose speed drifts drifts for all of them."""
-    values = {name: [] for name in candidates}
+    found = Rounds(candidates)
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            values[name].append(candidate())
-    return values
+            started = mark()
+            found[name].append(candidate())
+            found.spans[name].append((started, mark()))
+    return found
+
+
+def mark() -> float:
+    """Return the present moment as unix time; where energy is measured, its counters are read then."""
+    return _clock()
+
+
+def mark_by(clock: Callable[[], float]) -> None:
+    """Have `mark` ask an energy meter, or `time.time` again."""
+    global _clock
+    _clock = clock
+
+
+_clock: Callable[[], float] = time.time
 
 
 def ratio(benchmark: str, name: str, over: list[float], under: list[float], **limits) -> Figure:

@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hpcai_cli.engine.benchmarks import result_plots, surroundings
-from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
+from hpcai_cli.engine.benchmarks import measure
+from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table, Work
 from hpcai_cli.engine.energy import Meter
 from hpcai_cli.errors import DataError
 from hpcai_cli.run import read_json, write_bytes, write_json
@@ -37,11 +38,16 @@ class Results:
             "machine": surroundings.this_machine(), "versions": surroundings.versions(), "before": watch.before,
             "after": None, "disturbed": [], "energy": None, "figures": [], "tables": [],
             "curves": []}
+        self._works: list[Work] = []
         if meter:
             meter.start()
+            measure.mark_by(meter.mark)
 
-    def add(self, found: Figure | Table | Curves) -> None:
+    def add(self, found: Figure | Table | Curves | Work) -> None:
         """Add what was measured, and write it down."""
+        if isinstance(found, Work):
+            self._works.append(found)
+            return
         if isinstance(found, Figure):
             self.document["figures"].append(found.to_json())
         else:
@@ -51,6 +57,9 @@ class Results:
     def finish(self, *, complete: bool) -> dict:
         """Write down how it ended, and draw the curves; return the document."""
         energy = self._meter.finish() if self._meter else None
+        measure.mark_by(time.time)
+        if energy and energy["joules"] is not None:
+            self._add_joules(energy)
         after, disturbed = self._watch.finish()
         self.document |= {"complete": complete, "after": after, "disturbed": disturbed, "energy": energy}
         self._write()
@@ -58,6 +67,16 @@ class Results:
         for name, content in result_plots.pictures(self.document).items():
             write_bytes(self._folder / name, content)
         return self.document
+
+    def _add_joules(self, energy: dict) -> None:
+        """Add the joules of a sample of each work, or the reason why nothing can be said of them."""
+        try:
+            for work in self._works:
+                rounds = [self._meter.between(*span) / samples
+                          for samples, span in zip(work.samples, work.spans, strict=True)]
+                self.add(measure.median(work.benchmark, f"{work.name}: energy of a sample", rounds, "J/sample"))
+        except OSError as error:
+            energy["reason"] = "; ".join(filter(None, (energy["reason"], f"of a sample: {error}")))
 
     def _write(self) -> None:
         self.document["seconds"] = round(time.monotonic() - self._started, 3)

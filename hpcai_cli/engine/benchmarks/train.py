@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from hpcai_cli.engine import hardware
 from hpcai_cli.engine.benchmarks import step_times
-from hpcai_cli.engine.benchmarks.measure import Figure, Table, interleaved, median, ratio
+from hpcai_cli.engine.benchmarks.measure import Figure, Table, Work, interleaved, median, ratio
 from hpcai_cli.engine.benchmarks.surroundings import peak_memory_mb
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.model import build
@@ -105,7 +105,7 @@ class _Loop:
         return {"seconds": seconds, **spent, "blocks": np.diff([started, *each]).tolist()}
 
 
-def _measure_loop(name: str, loop: _Loop, precision: str, limit: float | None) -> Iterator[Figure | Table]:
+def _measure_loop(name: str, loop: _Loop, precision: str, limit: float | None) -> Iterator[Figure | Table | Work]:
     recipe, ranks = loop.job.recipe, loop.job.ranks
     works = {"loop": loop.run, "constant": lambda: loop.trainer.constant_seconds(loop.blocks),
              "product": lambda: step_times.product_rate(_COMPUTE[precision])}
@@ -116,6 +116,9 @@ def _measure_loop(name: str, loop: _Loop, precision: str, limit: float | None) -
     batch = recipe.batch_size * ranks.size
     rates = [loop.steps * batch / each["seconds"] for each in found["loop"]]
     yield median("train", f"{name}: loop", rates, "samples/s")
+    if ranks.size == ranks.local_size:
+        # The energy is this host's; of a job on several hosts it would be a part.
+        yield found.work("train", "loop", f"{name}: loop", loop.steps * batch)
     yield ratio("train", f"{name}: against one constant batch", rates, [batch / each for each in found["constant"]],
                 limit=limit)
     per_step = 1000 / loop.pipeline.steps_per_block

@@ -18,7 +18,7 @@ from hpcai_cli.engine.benchmarks.inference.inference_candidate import Candidate,
 from hpcai_cli.engine.benchmarks.inference.inference_files import Files, bytes_of
 from hpcai_cli.engine.benchmarks.inference.inference_formats import FORMATS, USUAL
 from hpcai_cli.engine.benchmarks.inference.inference_subject import Subject
-from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table, interleaved, interval, median
+from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table, Work, interleaved, interval, median
 from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import DataError, HpcaiError, MissingError, UnsuitableError, UsageError
 
@@ -42,6 +42,8 @@ class Measured:
     """Accuracy, or mean absolute error of a regression; None without data."""
     rounds: dict[int, list[list[float]]] = field(default_factory=dict)
     """By batch size the milliseconds of each call, round by round."""
+    spans: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    """By batch size when each round was."""
 
     def medians(self, size: int) -> list[float]:
         """Return the median milliseconds of each round."""
@@ -64,6 +66,12 @@ class Measured:
         """Return the median of these."""
         return float(np.median(self.rates(size)))
 
+    def work(self, name: str) -> Work:
+        """Return the examples of the best batch size, and when they were answered."""
+        size = self.best_size()
+        return Work("inference", name, tuple(size * len(times) for times in self.rounds[size]),
+                    tuple(self.spans[size]))
+
     def best_size(self) -> int:
         """Return the batch size with the most examples per second."""
         return max(self.rounds, key=self.rate)
@@ -84,7 +92,7 @@ def names_for(subject: Subject, asked: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def measure(subject: Subject, *, names: Sequence[str], batch_sizes: Sequence[int],
-            threads: int) -> Iterator[Figure | Table | Curves]:
+            threads: int) -> Iterator[Figure | Table | Curves | Work]:
     """Measure one model in several formats.
 
     Args:
@@ -107,12 +115,14 @@ def measure(subject: Subject, *, names: Sequence[str], batch_sizes: Sequence[int
                                             for name, (_, candidate) in opened.items()})
             for measured in found:
                 measured.rounds[size] = rounds[measured.name]
+                measured.spans[size] = rounds.spans[measured.name]
                 yield median("inference", f"{title}, {measured.name}, batch of {size}: p50", measured.medians(size),
                              "ms")
             yield _by_format(title, size, found)
     for measured in found:
         yield median("inference", f"{title}, {measured.name}: most examples",
                      measured.rates(measured.best_size()), "1/s")
+        yield measured.work(f"{title}, {measured.name}, batch of {measured.best_size()}")
     lines = {measured.name: tuple((float(size), measured.p50(size)) for size in batch_sizes)
              for measured in found}
     yield Curves("inference", f"{title}: latency by batch size", "examples in a batch", "ms, median", lines, "xy")

@@ -14,13 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hpcai_cli import console
 from hpcai_cli.engine.benchmarks.load import open_loop
-from hpcai_cli.engine.benchmarks.measure import Figure, median
+from hpcai_cli.engine.benchmarks.measure import Figure, Work, mark, median
 from hpcai_cli.engine.deployment import formats
 from hpcai_cli.engine.serving import artefact as artefacts
 from hpcai_cli.engine.serving import runners
@@ -44,7 +45,7 @@ PEER_LIMITS = {"litserve": 1.5, "mlserver": 1.5, "flask": 15.0}
 _START_SECONDS = 60.0
 
 
-def measure(recipes: Mapping[str, tuple[Recipe, Callable]], peers: Mapping[str, str]) -> Iterator[Figure]:
+def measure(recipes: Mapping[str, tuple[Recipe, Callable]], peers: Mapping[str, str]) -> Iterator[Figure | Work]:
     """Start servers of one MNIST model, ours and those of the peers whose Python was given, and load them in turn."""
     server_cores, client_cores = _shares()
     with tempfile.TemporaryDirectory() as place:
@@ -81,37 +82,66 @@ def _write_model(recipe: Recipe, build_model: Callable, folder: Path) -> np.ndar
 
 # ---- Ours ----------------------------------------------------------------------------------------------------------
 
-def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure]:
-    request, added, over_one, over_eight, tails = _binary_request(folder.name, example), [], [], [], []
-    rates, limits, bare_times, bare_tails = [], [], [], []
+@dataclass(frozen=True)
+class _Round:
+    """What one round says of our server, of the model in this process and of the bare server."""
+
+    added: float
+    """Milliseconds of a request's median, less those of a call at the same rate."""
+    bare: float
+    most: float
+    """Answers per second."""
+    one: float
+    """Seconds of a call of the model alone with one example."""
+    eight: float
+    tail: float
+    """p99 over p50."""
+    bare_tail: float
+    answered: int
+    span: tuple[float, float]
+    """Of the load under which so many requests were answered."""
+
+
+def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure | Work]:
     own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
            "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull]
-    bare = [sys.executable, str(Path(__file__).with_name("bare_server.py")), "{port}"]
+    bare, rounds = [sys.executable, str(Path(__file__).with_name("bare_server.py")), "{port}"], []
     with _serving(own, cores) as port, _serving(bare, cores) as bare_port:
-        for _ in range(ROUNDS):
-            single, eight, paced = _in_process(folder, example, cores)
-            quiet = _load(port, request, QUIET_RATE, client_cores)
-            added.append(quiet.percentile(50) - 1000 * paced)
-            bare_times.append(_load(bare_port, request, QUIET_RATE, client_cores).percentile(50))
-            most = _throughput(port, request, client_cores, near=min(rates, default=0.0))
-            rates.append(most)
-            limits.append(1 / single)
-            over_one.append(most * single)
-            over_eight.append(most * eight / 8)
-            busy = _load(port, request, 0.7 * most, client_cores)
-            tails.append(busy.percentile(99) / busy.percentile(50))
-            busy = _load(bare_port, request, 0.7 * most, client_cores)
-            bare_tails.append(busy.percentile(99) / busy.percentile(50))
-    name = f"{folder.name}, one image, binary, one worker"
-    return [median("serve", f"{name}: added at the median", added, "ms", limit=1.0, at_most=True),
-            median("serve", f"{folder.name}, the same to a bare server: median", bare_times, "ms"),
-            median("serve", f"{name}: answers", rates, "1/s"),
-            median("serve", f"{folder.name}: calls of the model alone at batch 1", limits, "1/s"),
-            median("serve", f"{name}: answers over these calls", over_one, "ratio", limit=0.8),
-            median("serve", f"{name}: answers over the examples of the model alone at batch 8", over_eight, "ratio",
-                   limit=0.7),
-            median("serve", f"{name}: p99 over p50 at 70 % of these answers", tails, "ratio", limit=3.0, at_most=True),
-            median("serve", f"{folder.name}, the same rate to a bare server: p99 over p50", bare_tails, "ratio")]
+        while len(rounds) < ROUNDS:
+            rounds.append(_round((port, bare_port), folder, example, (cores, client_cores),
+                                 min((each.most for each in rounds), default=0.0)))
+
+    def told(name: str, value: Callable[[_Round], float], unit: str, **limits) -> Figure:
+        return median("serve", f"{folder.name}, {name}", list(map(value, rounds)), unit, **limits)
+
+    name = "one image, binary, one worker"
+    return [told(f"{name}: added at the median", lambda each: each.added, "ms", limit=1.0, at_most=True),
+            told("the same to a bare server: median", lambda each: each.bare, "ms"),
+            told(f"{name}: answers", lambda each: each.most, "1/s"),
+            told("calls of the model alone at batch 1", lambda each: 1 / each.one, "1/s"),
+            told(f"{name}: answers over these calls", lambda each: each.most * each.one, "ratio", limit=0.8),
+            told(f"{name}: answers over the examples of the model alone at batch 8",
+                 lambda each: each.most * each.eight / 8, "ratio", limit=0.7),
+            told(f"{name}: p99 over p50 at 70 % of these answers", lambda each: each.tail, "ratio", limit=3.0,
+                 at_most=True),
+            told("the same rate to a bare server: p99 over p50", lambda each: each.bare_tail, "ratio"),
+            Work("serve", f"{folder.name}, {name}, at 70 % of these answers",
+                 tuple(each.answered for each in rounds), tuple(each.span for each in rounds))]
+
+
+def _round(ports: tuple[int, int], folder: Path, example: np.ndarray, cores: tuple[set[int], set[int]],
+           near: float) -> _Round:
+    """Measure our server and the bare one, by their ports, with the cores of the servers and those of the client."""
+    request = _binary_request(folder.name, example)
+    one, eight, paced = _in_process(folder, example, cores[0])
+    quiet, bare = (_load(port, request, QUIET_RATE, cores[1]).percentile(50) for port in ports)
+    most = _throughput(ports[0], request, cores[1], near)
+    started = mark()
+    busy = _load(ports[0], request, 0.7 * most, cores[1])
+    ended = mark()
+    bare_busy = _load(ports[1], request, 0.7 * most, cores[1])
+    return _Round(quiet - 1000 * paced, bare, most, one, eight, busy.percentile(99) / busy.percentile(50),
+                  bare_busy.percentile(99) / bare_busy.percentile(50), len(busy.seconds), (started, ended))
 
 
 def _in_process(folder: Path, example: np.ndarray, cores: set[int]) -> tuple[float, float, float]:
