@@ -11,8 +11,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hpcai_cli.engine.benchmarks import result_plots, surroundings
-from hpcai_cli.engine.benchmarks import measure
+from hpcai_cli.engine.benchmarks import measure, result_plots, surroundings
 from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table, Work
 from hpcai_cli.engine.energy import Meter
 from hpcai_cli.errors import DataError

@@ -110,6 +110,7 @@ def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[i
         while len(rounds) < ROUNDS:
             rounds.append(_round((port, bare_port), folder, example, (cores, client_cores),
                                  min((each.most for each in rounds), default=0.0)))
+        bare_most = _throughput(bare_port, _binary_request(folder.name, example), client_cores, near=0.0)
 
     def told(name: str, value: Callable[[_Round], float], unit: str, **limits) -> Figure:
         return median("serve", f"{folder.name}, {name}", list(map(value, rounds)), unit, **limits)
@@ -120,6 +121,8 @@ def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[i
             told(f"{name}: answers", lambda each: each.most, "1/s"),
             told("calls of the model alone at batch 1", lambda each: 1 / each.one, "1/s"),
             told(f"{name}: answers over these calls", lambda each: each.most * each.one, "ratio", limit=0.8),
+            # Behind each other on one core: what nobody could surpass whose server takes the requests off the network.
+            told("the same, were the server a bare one", lambda each: each.one / (each.one + 1 / bare_most), "ratio"),
             told(f"{name}: answers over the examples of the model alone at batch 8",
                  lambda each: each.most * each.eight / 8, "ratio", limit=0.7),
             told(f"{name}: p99 over p50 at 70 % of these answers", lambda each: each.tail, "ratio", limit=3.0,
