@@ -105,11 +105,13 @@ def test_a_long_run_reads_between_so_that_no_round_is_lost(tmp_path, monkeypatch
 def test_what_lies_between_two_marks(powercap):
     measured = meter(powercap)
     measured.start()
+    for folder in ("intel-rapl:0", "intel-rapl:0:1", "intel-rapl:1", "intel-rapl:1:0"):
+        powercap.set(folder, 1_001_000)
     first = measured.mark()
-    powercap.set("intel-rapl:0", 3_001_000)
+    powercap.set("intel-rapl:0", 4_001_000)
     second = measured.mark()
-    powercap.set("intel-rapl:1:0", 4_001_000)
-    assert measured.finish()["joules"] == pytest.approx(7)
+    powercap.set("intel-rapl:1:0", 9_001_000)
+    assert measured.finish()["joules"] == pytest.approx(15)
     assert measured.between(first, second) == pytest.approx(3)
 
 

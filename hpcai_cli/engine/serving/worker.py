@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -109,6 +110,8 @@ class _Worker:
         gc.collect()
         gc.freeze()
         loop = _new_loop()
+        # One thread for what comes now and then, models above all: a pool would grow with the reloads.
+        loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="loader"))
         asyncio.set_event_loop(loop)
         loop.run_until_complete(self._serve(loop, problems))
         self._log.close()
