@@ -1,6 +1,8 @@
 """hpcai benchmark as a user meets it: names, data and photographs, and the benchmarks themselves on very little."""
 
 import csv
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -244,6 +246,16 @@ def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as
                       "preprocessing, in epochs of ImageDataGenerator's input": 2,
                       f"against one constant batch of {crop}x{crop}": 0.95}
     assert all(figure["value"] > 0 for figure in figures.values())
+
+
+@pytest.mark.parametrize("module", [
+    "start", "input", "train", "accuracy", "memory", "quantization", "photographs.photographs",
+    "photographs.preprocess", "photographs.tutorial", "scaling.scaling", "inference.inference", "load.serve",
+    "load.serve_url", "matrix.matmul", "collective.allreduce", "collective.collective_ranks", "collective.fusion"])
+def test_nothing_is_measured_before_the_machine_is_watched(module):
+    """What a command gives back is measured while it is taken, when the watch and the energy meter have begun."""
+    found = importlib.import_module(f"hpcai_cli.engine.benchmarks.{module}")
+    assert inspect.isgeneratorfunction(found.measure)
 
 
 def test_serve_measures_our_server_and_leaves_others_out_with_a_note(hpcai, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -48,17 +49,17 @@ sys.exit(done.returncode)
 """
 
 
-def measure() -> list[Figure]:
+def measure() -> Iterator[Figure]:
     """Train once on a small and once on a large file, both under the same limit, and compare the peaks."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "large.py"
         recipe.write_text(RECIPE)
         peaks = [_peak(recipe, size) for size in SIZES]
     small, large = (f"{size / 2**30:.2f} GiB" for size in SIZES)
-    return [Figure("memory", f"peak resident memory, file of {small}", peaks[0] / 2**20, "MiB"),
-            Figure("memory", f"peak resident memory, file of {large}", peaks[1] / 2**20, "MiB"),
-            Figure("memory", f"peak over the larger file's size, {ANONYMOUS_LIMIT >> 30} GiB allowed",
-                   peaks[1] / SIZES[1], "ratio", 0.5, True)]
+    yield Figure("memory", f"peak resident memory, file of {small}", peaks[0] / 2**20, "MiB")
+    yield Figure("memory", f"peak resident memory, file of {large}", peaks[1] / 2**20, "MiB")
+    yield Figure("memory", f"peak over the larger file's size, {ANONYMOUS_LIMIT >> 30} GiB allowed",
+                 peaks[1] / SIZES[1], "ratio", 0.5, True)
 
 
 def _peak(recipe: Path, size: int) -> float:

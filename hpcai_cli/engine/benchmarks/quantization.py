@@ -1,5 +1,7 @@
 """Quantization: a depthwise network that plain int8 spoils, and what training under quantization saves of it."""
 
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 from keras import layers
@@ -16,15 +18,15 @@ SPREAD = 400.0
 SEEDS = 5
 
 
-def measure() -> list[Figure]:
+def measure() -> Iterator[Figure]:
     """Train, spoil, convert plainly and after training under quantization, once for each seed."""
     floats, plain, aware = (list(column) for column in zip(*map(_accuracies, range(SEEDS)), strict=True))
     lost, still_lost = ([before - after for before, after in zip(floats, column, strict=True)]
                         for column in (plain, aware))
-    return [median("quantization", "accuracy of the float network, depthwise, on handwritten digits", floats, "share"),
-            median("quantization", "what plain int8 loses of it", lost, "share"),
-            median("quantization", "what int8 after training under quantization loses", still_lost, "share",
-                   limit=float(np.median(lost)), at_most=True)]
+    yield median("quantization", "accuracy of the float network, depthwise, on handwritten digits", floats, "share")
+    yield median("quantization", "what plain int8 loses of it", lost, "share")
+    yield median("quantization", "what int8 after training under quantization loses", still_lost, "share",
+                 limit=float(np.median(lost)), at_most=True)
 
 
 def depthwise_network(seed: int) -> keras.Model:

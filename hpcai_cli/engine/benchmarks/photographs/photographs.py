@@ -3,7 +3,7 @@
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from itertools import islice
@@ -38,7 +38,7 @@ STEPS = 20
 """Of training in one round, a few seconds."""
 
 
-def measure(recipe: Recipe, build_model: Callable, augment: Callable, own: Path | None) -> list[Figure]:
+def measure(recipe: Recipe, build_model: Callable, augment: Callable, own: Path | None) -> Iterator[Figure]:
     """Preprocess once, read epochs of the same photographs three ways, then train with and without augmentation."""
     # All photographs in one split, as the peers have them.
     recipe = recipe.override({"test_fraction": "0", "validation_fraction": "0"})
@@ -52,12 +52,12 @@ def measure(recipe: Recipe, build_model: Callable, augment: Callable, own: Path 
             sample=None, downloads=None, source=str(photographs), output=data)
         seconds = time.perf_counter() - started
         dataset, policy = Dataset(data), keras.config.dtype_policy().name
-        figures = _input(recipe, dataset, photographs, seconds)
+        yield from _input(recipe, dataset, photographs, seconds)
         precision, _ = hardware.choose_precision(recipe.precision)
         try:
             hardware.set_precision(precision)
             job = Job(recipe, Run(Path(name)), dataset, Serial(), build_model, partial(augment, recipe=recipe))
-            return [*figures, *_training(job, precision)]
+            yield from _training(job, precision)
         finally:
             hardware.set_precision(policy)
 

@@ -32,20 +32,19 @@ GROWTH_LIMIT = 1.1
 SAMPLE_SECONDS = 0.02
 
 
-def measure(recipe: Recipe, own: Path | None) -> list[Figure]:
+def measure(recipe: Recipe, own: Path | None) -> Iterator[Figure]:
     """Preprocess the same photographs three ways, then weigh whole processes."""
     with (photograph_folder(own, recipe, COUNT) as photographs, tempfile.TemporaryDirectory() as name):
         found = find_image_files(photographs, shape=recipe.input_shape, class_names=recipe.class_names)["train"]
         files = [(photographs / file, label) for file, label in zip(found.names, found.labels.tolist(), strict=True)]
-        figures = _speed(recipe, photographs, [path for path, _ in files], Path(name))
+        yield from _speed(recipe, photographs, [path for path, _ in files], Path(name))
         copy_photographs(files[::3], Path(name) / "third", recipe.class_names)
         peaks = [_peak(folder, Path(name)) / 1e6 for folder in (Path(name) / "third", photographs)]
-    return [*figures,
-            Figure("preprocess", f"peak memory of all processes, {len(files[::3]):,} photographs", peaks[0], "MB"),
-            Figure("preprocess", f"peak memory of all processes, {len(files):,} photographs", peaks[1], "MB",
-                   MEMORY_LIMIT, True),
-            Figure("preprocess", "memory of three times as many photographs", peaks[1] / peaks[0], "ratio",
-                   GROWTH_LIMIT, True)]
+    yield Figure("preprocess", f"peak memory of all processes, {len(files[::3]):,} photographs", peaks[0], "MB")
+    yield Figure("preprocess", f"peak memory of all processes, {len(files):,} photographs", peaks[1], "MB",
+                 MEMORY_LIMIT, True)
+    yield Figure("preprocess", "memory of three times as many photographs", peaks[1] / peaks[0], "ratio",
+                 GROWTH_LIMIT, True)
 
 
 def _speed(recipe: Recipe, photographs: Path, files: list[Path], folder: Path) -> list[Figure]:

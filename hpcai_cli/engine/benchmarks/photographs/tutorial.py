@@ -4,6 +4,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ FEW_EPOCHS = ("batch_size=16", "zoom=0.7", "erase=0", "color=0.2", "dropout=0.3"
 """The recipe's own settings are for 200 epochs; a tenth of them wants more steps and less change of the pictures."""
 
 
-def measure(recipe: Recipe, photographs: Path, epochs: int) -> list[Figure]:
+def measure(recipe: Recipe, photographs: Path, epochs: int) -> Iterator[Figure]:
     """Time whole processes, ours and the script's in turn, on the same training and test photographs."""
     ours, script = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -36,13 +37,13 @@ def measure(recipe: Recipe, photographs: Path, epochs: int) -> list[Figure]:
     script_seconds, script_accuracies = zip(*script, strict=True)
     said = f"{epochs} epochs of {counts['train']:,} photographs"
     differences = [mine - other for mine, other in zip(accuracies, script_accuracies, strict=True)]
-    return [median("tutorial", f"hpcai preprocess and train, {said}", list(seconds), "s"),
-            median("tutorial", f"the tutorials' script, {said}", list(script_seconds), "s"),
-            ratio("tutorial", "the script's time over ours", list(script_seconds), list(seconds), limit=2),
-            median("tutorial", f"our accuracy on {counts['test']:,} test photographs", list(accuracies), "share"),
-            median("tutorial", "the script's accuracy on them", list(script_accuracies), "share"),
-            Figure("tutorial", "our accuracy minus the script's, mean", statistics.mean(differences), "share", 0.0,
-                   rounds=tuple(differences))]
+    yield median("tutorial", f"hpcai preprocess and train, {said}", list(seconds), "s")
+    yield median("tutorial", f"the tutorials' script, {said}", list(script_seconds), "s")
+    yield ratio("tutorial", "the script's time over ours", list(script_seconds), list(seconds), limit=2)
+    yield median("tutorial", f"our accuracy on {counts['test']:,} test photographs", list(accuracies), "share")
+    yield median("tutorial", "the script's accuracy on them", list(script_accuracies), "share")
+    yield Figure("tutorial", "our accuracy minus the script's, mean", statistics.mean(differences), "share", 0.0,
+                 rounds=tuple(differences))
 
 
 def split_photographs(source: Path, recipe: Recipe, folder: Path) -> dict[str, int]:
