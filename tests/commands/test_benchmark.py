@@ -250,7 +250,7 @@ def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as
 
 @pytest.mark.parametrize("module", [
     "start", "input", "train", "accuracy", "memory", "quantization", "photographs.photographs",
-    "photographs.preprocess", "photographs.tutorial", "scaling.scaling", "inference.inference", "load.serve",
+    "photographs.preprocess", "photographs.tutorial", "inference.inference", "load.serve",
     "load.serve_url", "matrix.matmul", "collective.allreduce", "collective.collective_ranks", "collective.fusion"])
 def test_nothing_is_measured_before_the_machine_is_watched(module):
     """What a command gives back is measured while it is taken, when the watch and the energy meter have begun."""
