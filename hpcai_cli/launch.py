@@ -50,6 +50,22 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
+def without_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables without those by which programs that are started with them would take part in a job.
+
+    Outside of one, what the user has set for MPI or Horovod stays, but nothing of a Slurm allocation, in which mpirun
+    would start processes on other hosts.
+    """
+    foreign = ("SLURM_", "HOROVOD_", "OMPI_", "PMIX_", "PMI_", "MPI_LOCAL") if place(environ).launcher else ("SLURM_",)
+    return {name: value for name, value in environ.items() if not name.startswith(foreign)}
+
+
+def leave() -> None:
+    """Have this process, and whatever it starts, count as started alone."""
+    for name in os.environ.keys() - without_launcher().keys():
+        del os.environ[name]
+
+
 def _first_number(text: str) -> int | None:
     # Slurm writes "4(x2)" for four tasks on each of two nodes.
     match = re.match(r"\d+", text)

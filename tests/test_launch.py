@@ -41,6 +41,23 @@ def test_the_innermost_launcher_counts(outer, inner, launcher):
     assert place({**inner, **outer}) == place(inner)
 
 
+@pytest.mark.parametrize("variables", [HOROVODRUN, OPEN_MPI, SLURM_STEP, {
+    "PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}])
+def test_what_a_rank_starts_need_be_no_rank(variables, monkeypatch):
+    left = launch.without_launcher({**variables, "PATH": "/bin", "OMPI_MCA_btl": "self"})
+    assert left == {"PATH": "/bin"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert place().launcher
+    launch.leave()
+    assert place() == Place() and not variables.keys() & os.environ.keys()
+
+
+def test_outside_of_a_job_the_users_settings_stay():
+    given = {"OMPI_MCA_btl": "self", "HOROVOD_CYCLE_TIME": "2", "SLURM_JOB_ID": "7"}
+    assert launch.without_launcher(given) == {"OMPI_MCA_btl": "self", "HOROVOD_CYCLE_TIME": "2"}
+
+
 @pytest.mark.parametrize("garbage", ["", "x", "-1", " ", "None"])
 def test_garbage_is_no_place(garbage):
     assert place({"HOROVOD_RANK": garbage, "HOROVOD_SIZE": "4"}) == Place()

@@ -248,6 +248,15 @@ def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as
     assert all(figure["value"] > 0 for figure in figures.values())
 
 
+def test_memory_trains_on_files_that_take_no_room(hpcai, monkeypatch):
+    from hpcai_cli.engine.benchmarks import memory
+
+    monkeypatch.setattr(memory, "SIZES", (8 << 20, 16 << 20))
+    figures = figures_of(hpcai("benchmark", "memory", "--json"))
+    peaks = [figures[f"peak resident memory, file of {size} GiB"]["value"] for size in ("0.01", "0.02")]
+    assert all(200 < peak < 2048 for peak in peaks) and max(peaks) / min(peaks) < 1.2
+
+
 @pytest.mark.parametrize("module", [
     "start", "input", "train", "accuracy", "memory", "quantization", "photographs.photographs",
     "photographs.preprocess", "photographs.tutorial", "inference.inference", "load.serve",

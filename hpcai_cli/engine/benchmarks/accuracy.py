@@ -1,7 +1,5 @@
 """Accuracy: seconds from the command line to 99 % on MNIST's test images, against the tutorials' script."""
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -9,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpcai_cli.engine.benchmarks import peer_tutorial
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, median
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, median, run_json
 
 WANTED = 0.99
 EPOCHS = 3
@@ -28,9 +26,7 @@ def measure(data: Path) -> Iterator[Figure]:
             ours.append(seconds)
             reached.append(accuracy)
             if number == 0:
-                peer = json.loads(subprocess.run(
-                    [sys.executable, peer_tutorial.__file__, str(data), str(WANTED), str(MOST_EPOCHS)],
-                    capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+                peer = run_json([sys.executable, peer_tutorial.__file__, str(data), str(WANTED), str(MOST_EPOCHS)])
     said = "reached" if peer["accuracy"] >= WANTED else f"not reached, {peer['accuracy']:.2%}"
     yield median("accuracy", f"hpcai train mnist --epochs {EPOCHS}", ours, "s")
     yield Figure("accuracy", f"test accuracy after {EPOCHS} epochs", min(reached), "share", WANTED)
@@ -40,6 +36,6 @@ def measure(data: Path) -> Iterator[Figure]:
 
 def _ours(data: Path, output: Path) -> tuple[float, float]:
     started = time.perf_counter()
-    done = subprocess.run([PROGRAM, "train", "mnist", "--data", str(data), "--epochs", str(EPOCHS), "--output",
-                           str(output), "--json"], capture_output=True, text=True, check=True)
-    return time.perf_counter() - started, json.loads(done.stdout)["metrics"]["accuracy"]
+    found = run_json([PROGRAM, "train", "mnist", "--data", str(data), "--epochs", str(EPOCHS), "--output", str(output),
+                      "--json"])
+    return time.perf_counter() - started, found["metrics"]["accuracy"]

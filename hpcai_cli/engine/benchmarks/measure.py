@@ -178,8 +178,8 @@ def rate(work: Callable[[], int]) -> float:
     return units / (time.perf_counter() - started)
 
 
-def run_json(command: list[str]) -> dict:
-    """Run a program and return the JSON document on the last line of its output.
+def run_json(command: list[str]):
+    """Run a program and return the JSON value on the last line of its output.
 
     Raises:
         HpcaiError: it failed.

@@ -1,7 +1,5 @@
 """Memory: training on files of different sizes; resident memory grows with the batch, not with the file."""
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure
+from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, run_json
 from hpcai_cli.engine.store_writer import FORMAT, VERSION, write_attributes
 
 SIZES = (256 << 20, 3 << 30)
@@ -65,11 +63,10 @@ def measure() -> Iterator[Figure]:
 def _peak(recipe: Path, size: int) -> float:
     data = recipe.parent / f"{size}.h5"
     _write_sparse(data, size // int(np.prod(SHAPE)))
-    done = subprocess.run([sys.executable, "-c", RUNNER, str(ANONYMOUS_LIMIT), PROGRAM, "train", str(recipe), "--data",
-                           str(data), "--output", str(recipe.parent / f"run-{size}"), "--json"],
-                          capture_output=True, text=True, check=True)
+    peak = run_json([sys.executable, "-c", RUNNER, str(ANONYMOUS_LIMIT), PROGRAM, "train", str(recipe), "--data",
+                     str(data), "--output", str(recipe.parent / f"run-{size}"), "--json"])
     data.unlink()
-    return json.loads(done.stdout) * 1024.0
+    return peak * 1024.0
 
 
 def _write_sparse(path: Path, rows: int) -> None:
@@ -83,6 +80,7 @@ def _write_sparse(path: Path, rows: int) -> None:
             links.set_create_intermediate_group(True)
             h5py.h5d.create(file.id, f"train/{name}".encode(), h5py.h5t.py_create(np.dtype(dtype)),
                             h5py.h5s.create_simple(shape), layout, links)
+            write_attributes(file[f"train/{name}"], {"valid_rows": rows})
         write_attributes(file, {"format": FORMAT, "version": VERSION, "recipe": "large", "inputs": "images",
                                 "fingerprint": "0", "class_names": '["0", "1"]', "source_fingerprint": "",
                                 "options": "{}", "statistics": "{}"})

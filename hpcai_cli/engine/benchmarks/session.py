@@ -30,6 +30,9 @@ def run(name: str, measured: Callable[[], Iterable | InRanks], common: Common, a
         for _ in measured() if name in IN_RANKS else ():
             pass
         return
+    if name not in IN_RANKS and launch.place().launcher:
+        # Or the programs that it starts would wait for the other ranks for ever.
+        launch.leave()
     share = comparison.parse_share(common.fail_on)
     old = results.read(common.compare) if common.compare else None
     if old:

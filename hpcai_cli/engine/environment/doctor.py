@@ -212,11 +212,7 @@ def _version(package: str) -> str:
 
 def _run(command: Sequence[str], *, seconds: float) -> tuple[int, str, str]:
     """Run a command as if no launcher had started this process; return exit code, stdout and stderr."""
-    # A rank's variables, inherited, would make the two processes part of the job around them; and within a Slurm
-    # allocation mpirun would start them on other nodes. What the user set for MPI or Horovod stays.
-    foreign = ("SLURM_", "HOROVOD_", "OMPI_", "PMIX_", "PMI_") if launch.place().launcher else ("SLURM_",)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environ = launch.without_launcher() | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, errors="replace", env=environ, start_new_session=True)
