@@ -78,6 +78,7 @@ def test_pruned_weights_are_zero_in_the_file_and_pack_well(hpcai, run):
     assert pruned["macs"] == form(report, "original")["macs"]
 
 
+@pytest.mark.long
 def test_the_same_command_gives_the_same_weights(hpcai, run):
     found = []
     for _ in range(2):
@@ -99,6 +100,7 @@ def test_filters_really_go(hpcai, run):
     assert newest["metrics"]["accuracy"] == pytest.approx(form(report, "narrow_0.5")["metrics"]["accuracy"], abs=0.1)
 
 
+@pytest.mark.long
 def test_a_chain_of_all_steps_leaves_each_in_a_folder_of_its_own(hpcai, run):
     words = ["compress", run, "--distill", "width=3", "--prune", "0.5", "--quantize", "int8", "--aware", "--epochs",
              "3", "--json"]
