@@ -43,8 +43,6 @@ REPLACED = 2.0
 """Seconds from the end of a worker until another one answers in its place."""
 STOPPED = 10.0
 """Seconds in which a server ends that has nothing long to finish."""
-THREADS = WORKERS
-"""That may come: a version's first large batch, in each worker, has a thread made that small ones don't need."""
 WARM, WINDOW = 0.2, 0.2
 """Shares of the steady load: what is left out, and what is compared, right after it and at the end."""
 
@@ -220,10 +218,9 @@ def _resources(samples: Sequence[Sample]) -> list[Finding]:
     drift = after / before - 1
     findings = [Finding("memory, drift of its median", f"{before:.1f} to {after:.1f} MB, {drift:+.1%}",
                         f"at most {DRIFT:.0%}", drift <= DRIFT)]
-    for name, more in (("descriptors", 0), ("threads", THREADS), ("processes", 0)):
+    for name in ("descriptors", "threads", "processes"):
         before, after = medians(name)
-        findings.append(Finding(name, f"{before:g} to {after:g}", f"{more} more" if more else "no more",
-                                after <= before + more))
+        findings.append(Finding(name, f"{before:g} to {after:g}", "no more", after <= before))
     return findings
 
 

@@ -15,6 +15,8 @@ from hpcai_cli.engine.serving.tensors import RequestError
 
 WAITING_SECONDS = 0.5
 """Seconds of work that may wait; what comes on top is refused at once, so that what is taken is answered soon."""
+STUCK_SECONDS = 5.0
+"""For which a model may run on top of what a request waits before it counts as one that never comes back."""
 INLINE_SECONDS = 0.0005
 """A batch that takes less is run in the event loop: to hand it to a thread and back costs as much. While a longer one
 runs in its thread, the loop reads the next requests."""
@@ -115,7 +117,7 @@ class Batcher:
 
     def is_stuck(self) -> bool:
         """Tell whether the model has been running for longer than any request waits."""
-        return bool(self._running) and time.monotonic() - self._started > self._bounds.seconds + 5
+        return bool(self._running) and time.monotonic() - self._started > self._bounds.seconds + STUCK_SECONDS
 
     def retire(self) -> None:
         """Let the thread end once all that was taken is answered; whoever still asks is answered all the same."""
@@ -159,13 +161,15 @@ class Batcher:
             self._next(loop)
             return
         self._started = time.monotonic()
+        # Made at the first batch of any size: one that came with the first large batch would look like a leak.
+        jobs = self._thread_jobs(loop)
         if self._cost.of(count) < INLINE_SECONDS:
             inputs, scores, error = self._run(self._running)
             self._finish(loop, len(inputs), scores, error)
             if error is None and self._ran:
                 loop.call_soon(self._ran, inputs, scores)
         else:
-            self._thread_jobs(loop).put(list(self._running))
+            jobs.put(list(self._running))
 
     def _finish(self, loop: asyncio.AbstractEventLoop, count: int, scores: np.ndarray, error: Exception | None) -> None:
         """Give each request of the batch its own rows."""

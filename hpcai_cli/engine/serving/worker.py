@@ -20,6 +20,7 @@ import uvicorn
 
 from hpcai_cli.engine.serving import memory
 from hpcai_cli.engine.serving.app import Application
+from hpcai_cli.engine.serving.batching import STUCK_SECONDS
 from hpcai_cli.engine.serving.connection import Connection
 from hpcai_cli.engine.serving.listening import Server
 from hpcai_cli.engine.serving.metrics import Metrics
@@ -37,8 +38,6 @@ _DRAIN_SECONDS = 0.3
 _KEEP_ALIVE_SECONDS = 75
 """For which an idle connection is kept; longer than proxies keep theirs, which else meet a closed one."""
 _CHECK_SECONDS = 1.0
-_STUCK_SECONDS = 5.0
-"""For which the event loop may stand still on top of what a request waits: a small model runs in it."""
 _STUCK = "a model ran for longer than any request waits"
 _LOAD_SECONDS = 600.0
 
@@ -193,7 +192,7 @@ class _Worker:
         while late < 2:
             time.sleep(_CHECK_SECONDS)
             since = time.monotonic() - self._turned
-            late = late + 1 if since > self._start.settings.timeout + _STUCK_SECONDS else 0
+            late = late + 1 if since > self._start.settings.timeout + STUCK_SECONDS else 0
         self._wire.send({"failed": 1, "error": _STUCK})
         os._exit(1)
 
