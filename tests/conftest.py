@@ -12,6 +12,11 @@ from hpcai_cli.main import app
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name long contents by their size: the processes of a parallel run must call the same test by the same name."""
+    return f"{len(val)}bytes" if isinstance(val, bytes) and len(val) > 40 else None
+
+
 @pytest.fixture(autouse=True)
 def own_surroundings(tmp_path_factory, monkeypatch):
     """Give each test an empty working folder and cache, and no launcher's or user's variables; put back what it set."""
