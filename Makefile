@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := build/demo
 
-.PHONY: demo test test-long install horovod lint format bench fuzz fuzz-server soak wheel clean
+.PHONY: demo test test-long test-hosts test-slurm install horovod lint format bench fuzz fuzz-server soak wheel clean
 
 demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
 	rm -rf $(RUN) && $(BIN)/hpcai preprocess mnist --source sample --output build/sample.h5 --force
@@ -11,11 +11,19 @@ demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it
 	$(BIN)/hpcai predict $(RUN) tests/digit.png
 
 test: .venv/test horovod  ## run all tests; Horovod is built first, once
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m "not alone and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m "not alone and not long and not cluster"
 	$(BIN)/python -m pytest -m "alone and not long"
 
 test-long: .venv/test horovod  ## the tests that train again and again, some minutes more
 	$(BIN)/python -m pytest -m long
+
+test-hosts: .venv/test horovod  ## training over two hosts, network namespaces of this machine: needs root, and gets ssh
+	command -v sshd ip > /dev/null || apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2
+	$(BIN)/python -m pytest tests/two_hosts
+
+test-slurm: .venv/test horovod  ## jobs of a real Slurm of one node, some of which wait for their limit: needs root, and gets Slurm
+	command -v slurmctld munged > /dev/null || apt-get install -y -qq --no-install-recommends slurm-wlm munge
+	$(BIN)/python -m pytest tests/slurm
 
 install: .venv/ready  ## a virtual environment in .venv with hpcai in it, editable
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hpcai_cli import catalog, console, launch, options
+from hpcai_cli import catalog, console, launch, launchers, options
 from hpcai_cli.benchmark_options import InRanks, with_common
 from hpcai_cli.errors import DataError, UsageError
 
@@ -72,7 +72,8 @@ def train(
     precision: Annotated[list[str] | None, typer.Option(
         help="float32, mixed_bfloat16 or mixed_float16; repeatable. By default float32, and what `auto` takes "
         "here.")] = None,
-    np: options.Processes = 1,
+    np: options.Processes = None,
+    where: options.Where = options.HERE,
 ) -> Iterable:
     """The training loop: where its time goes, how near to its limits, and Keras' fit beside it.
 
@@ -82,8 +83,8 @@ def train(
         $ hpcai benchmark train --np 2
     """
     precisions, recipes, path = _precisions(precision), _recipes(*(recipe or ("mnist", "mnist-mlp"))), _dataset(data)
-    if np > 1:
-        return InRanks(np)
+    if ranks := where.ranks(np):
+        return InRanks(ranks)
     return _module("train").measure(path, recipes, precisions, _started_ranks())
 
 
@@ -99,8 +100,9 @@ def accuracy(data: Data = MNIST) -> Iterable:
 
 @_benchmark
 def scaling(
-    np: Annotated[str | None, typer.Option("--np", metavar="1,2,4", help="Numbers of ranks on this host; by default "
-                                           "the powers of two up to its cores.", show_default=False)] = None,
+    np: Annotated[str | None, typer.Option("--np", metavar="1,2,4", help="Numbers of ranks; by default the powers of "
+                                           "two up to the cores, or the hosts.", show_default=False)] = None,
+    where: options.Where = options.HERE,
     mode: Annotated[str, typer.Option(metavar="weak|strong|both", help="The same images for each rank, for the whole "
                                       "job, or both.")] = "both",
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="What is trained.")] = "mnist",
@@ -123,7 +125,8 @@ def scaling(
     Examples:
         $ hpcai benchmark scaling
         $ hpcai benchmark scaling --np 1,2,4 --mode weak --recipe mnist-mlp --data data/mnist.h5
-        $ horovodrun -np 8 -H a:4,b:4 hpcai benchmark scaling --project 4096
+        $ hpcai benchmark scaling --hosts a:4,b:4,c:4,d:4 --project 4096
+        $ horovodrun -np 8 -H a:4,b:4 hpcai benchmark scaling
     """
     if mode not in ("weak", "strong", "both"):
         raise UsageError("no such --mode", expected="weak, strong or both", received=mode)
@@ -132,7 +135,11 @@ def scaling(
     module = _module("scaling.scaling")
     subject = module.Subject(entry.recipe, entry.reference, entry.function("build_model"), entry.function("augment"),
                              _dataset(file))
-    return module.measure(subject, module.Request(_ranks(np), mode, project, total_images or 0, seconds, here))
+    sizes = _ranks(np)
+    # Under a launcher it measures the job that it is in, and whoever names hosts then is told so.
+    is_in_job = here or launch.place().launcher and where == options.HERE
+    on = None if is_in_job else where.ranks(max(sizes, default=None))
+    return module.measure(subject, module.Request(sizes, mode, project, total_images or 0, seconds, here, on))
 
 
 @_benchmark
@@ -331,7 +338,7 @@ def matmul(
         asked.check_host(request, ranks)
     asked.check_fit(request, ranks)
     if ranks > launch.place().size:
-        return InRanks(ranks)
+        return InRanks(launchers.local(ranks))
     groups = _module("matrix.matrix_split").process_groups(ranks)
     return _module("matrix.matmul").measure(_started_ranks(groups), request)
 

@@ -12,6 +12,7 @@ from hpcai_cli.run import Run
 from hpcai_cli.signals import StopRequest
 
 
+@options.flattened
 def compress(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder from `hpcai train`.")],
     data: options.Data = None,
@@ -33,7 +34,8 @@ def compress(
                                                "training learns.")] = 4.0,
     alpha: Annotated[float, typer.Option(help="The original's share in the loss of each training; 0 for the labels "
                                          "alone.")] = 0.7,
-    np: options.Processes = 1,
+    np: options.Processes = None,
+    where: options.Where = options.HERE,
     force: Annotated[bool, typer.Option("--force", help="Replace what was made with other settings.")] = False,
     trust_model: options.TrustModel = False,
     json: options.Json = False,
@@ -59,14 +61,13 @@ def compress(
 
     asked = plan.Asked(distil or "", prune, pattern, quantize or "", aware, max_drop, plan.parse_target(target))
     plan.check(asked, epochs=epochs, learning_rate=learning_rate, temperature=temperature, alpha=alpha)
-    launch.register()
-    if np > 1:
-        launch.require_horovod(np)
+    launch.announce()
+    if ranks := where.ranks(np):
         given = {"--data": data, "--distill": distil, "--prune": prune, "--pattern": pattern, "--quantize": quantize,
                  "--aware": aware, "--max-drop": max_drop, "--target": target, "--epochs": epochs,
                  "--learning-rate": learning_rate, "--temperature": temperature, "--alpha": alpha, "--force": force,
                  "--trust-model": trust_model, "--json": json}
-        rank_processes.run_command(np, ["compress", str(run), *options.words(given)])
+        rank_processes.run_command(ranks, ["compress", str(run), *options.words(given)], [run])
         return
     entry = catalog.find(opened.recipe_reference())
     student, chosen = _student(distil, entry, opened.recipe())

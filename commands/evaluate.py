@@ -9,6 +9,7 @@ from hpcai_cli import catalog, console, launch, options, rank_processes
 from hpcai_cli.run import Run
 
 
+@options.flattened
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a compressed or "
                                           "exported model.")],
@@ -26,7 +27,8 @@ def evaluate(
     like: options.Like = None,
     output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the report goes; by default below "
                                                 "the run's evaluation/.")] = None,
-    np: options.Processes = 1,
+    np: options.Processes = None,
+    where: options.Where = options.HERE,
     trust_model: options.TrustModel = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -51,12 +53,11 @@ def evaluate(
         if not path.exists():
             # Says which runs there are, before anything is started.
             Run.open(path)
-    launch.register()
-    if np > 1:
-        launch.require_horovod(np)
+    launch.announce()
+    if ranks := where.ranks(np):
         given = {"--split": split, "--data": data, "--compare": compare, "--by": by, "--robustness": robustness,
                  "--require": require, "--like": like, "--output": output, "--trust-model": trust_model, "--json": json}
-        rank_processes.run_command(np, ["evaluate", str(model), *options.words(given)])
+        rank_processes.run_command(ranks, ["evaluate", str(model), *options.words(given)], [model])
         return
     with console.quiet():
         from hpcai_cli.engine.reports import judging

@@ -8,6 +8,7 @@ import typer
 
 from hpcai_cli import catalog, console, launch, options, rank_processes
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
+from hpcai_cli.launchers import Ranks
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
 from hpcai_cli.run import Run, read_json
 from hpcai_cli.signals import StopRequest
@@ -16,11 +17,13 @@ PROFILED = 1_000
 """Steps that can be profiled at most: a trace holds every operation of each."""
 
 
+@options.flattened
 def train(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A name from `hpcai recipes list`, or a recipe "
                                                  "file.")] = None,
     data: options.Data = None,
-    np: options.Processes = 1,
+    np: options.Processes = None,
+    where: options.Where = options.HERE,
     output: Annotated[Path | None, typer.Option(metavar="RUN", help="The run's folder; runs/RECIPE-N by "
                                                 "default.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue a run from its newest "
@@ -53,6 +56,7 @@ def train(
         $ hpcai train --resume runs/first
         $ hpcai train mnist --np 2 --profile 100-120
         $ hpcai train mnist --energy
+        $ hpcai train mnist --data data/mnist.h5 --hosts a:4,b:4
         $ horovodrun -np 2 hpcai train mnist --data data/mnist.h5
 
     Next: hpcai evaluate RUN
@@ -71,8 +75,7 @@ def train(
     if tensorboard and launch.missing_package("tensorboard"):
         raise MissingError("--tensorboard needs a package that is not installed",
                            mend="run `pip install 'hpcai[tensorboard]'`", received="tensorboard")
-    if np > 1:
-        launch.require_horovod(np)
+    ranks = where.ranks(np)
 
     with console.quiet():
         from hpcai_cli.engine import job
@@ -81,11 +84,11 @@ def train(
     functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
     request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
                           resume, tensorboard, steps, energy or power_file is not None, power_file)
-    if np > 1:
-        _start_ranks(np, job.prepare(request, size=np), request, assignments, json)
+    if ranks:
+        _start_ranks(ranks, job.prepare(request, size=ranks.np), request, assignments, json)
         return
     with StopRequest() as stop:
-        launch.register()
+        launch.announce()
         result = job.run_here(request, stop)
     if json:
         console.result_json(result)
@@ -138,8 +141,8 @@ def _entry_and_recipe(name: str | None, resume: Path | None, output: Path | None
     return entry, entry.recipe.override(assignments)
 
 
-def _start_ranks(np: int, prepared: tuple[Run, Path], request, assignments: dict[str, str], json: bool) -> None:
-    """Start this same command np times on the folder and the data that were checked."""
+def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments: dict[str, str], json: bool) -> None:
+    """Start this same command in so many processes on the folder and the data that were checked."""
     run, file = prepared
     arguments = ["train", request.reference, "--data", str(file), "--resume" if request.resume else "--output",
                  str(run.folder), *options.words({
@@ -147,10 +150,9 @@ def _start_ranks(np: int, prepared: tuple[Run, Path], request, assignments: dict
                      "--energy": request.energy, "--power-file": request.power_file, "--json": json})]
     for key, value in assignments.items():
         arguments += ["--set", f"{key}={value}"]
-    outcome = rank_processes.run_ranks(np, arguments)
+    outcome = rank_processes.run_ranks(ranks, arguments, [file, run.folder])
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        who = "the launcher" if outcome.rank is None else f"rank {outcome.rank}"
-        error = HpcaiError(f"{who} ended without a word of its own",
+        error = HpcaiError(f"{outcome.who} ended without a word of its own",
                            mend=f"run it again with --verbose, or go on with `hpcai train --resume {run.folder}`",
                            received=outcome.launcher_words)
         run.record_failure(rank=outcome.rank, error=error, exit_code=error.exit_code)

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from hpcai_cli import launch, options
+from hpcai_cli import options
+from hpcai_cli.launchers import Ranks
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Common:
 class InRanks:
     """What a command returns to be run again in so many processes, of which rank 0 keeps and shows the result."""
 
-    def __init__(self, np: int):
-        launch.require_horovod(np)
-        self.np = np
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
 
 
 def with_common(function: Callable[..., Iterable | InRanks], run: Callable) -> Callable[..., None]:
@@ -45,6 +45,8 @@ def with_common(function: Callable[..., Iterable | InRanks], run: Callable) -> C
         run: run(name, measured, common, again) measures; `again` are the words of the command for each of several
             processes.
     """
+    function = options.flattened(function)
+
     def command(**given) -> None:
         common = Common(**{name: given.pop(name) for name in Common.__dataclass_fields__})
         again = ["benchmark", function.__name__, *_words(parameters, given | vars(common))]
@@ -58,11 +60,11 @@ def with_common(function: Callable[..., Iterable | InRanks], run: Callable) -> C
 
 
 def _words(parameters: Iterable[inspect.Parameter], given: Mapping[str, object]) -> list[str]:
-    """Return a command line's words, without the number of processes."""
-    found = []
+    """Return a command line's words, without those that say how many processes there are and where."""
+    found, left_out = [], {"np", *options.Where.__dataclass_fields__}
     for each in parameters:
         declared = next(one for one in each.annotation.__metadata__ if isinstance(one, (ArgumentInfo, OptionInfo)))
-        if each.name == "np" or given[each.name] == each.default:
+        if each.name in left_out or given[each.name] == each.default:
             continue
         option = next(iter(declared.param_decls or ()), f"--{each.name.replace('_', '-')}")
         words = options.words({option: given[each.name]})

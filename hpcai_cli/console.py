@@ -15,11 +15,11 @@ PLAIN_SECONDS = 10.0
 """Time between two progress lines where there is no terminal."""
 
 
-def result(text: str) -> bool:
+def result(text: str, *, end: str = "\n") -> bool:
     """Print a result for people on stdout; only rank 0 does. Return False when the reader has just gone away."""
     if launch.place().rank == 0:
         try:
-            print(text, flush=True)
+            print(text, end=end, flush=True)
         except BrokenPipeError:
             # `hpcai ... | head`: the reader has what it wanted. The work goes on, so that the exit code stays true.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

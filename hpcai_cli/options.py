@@ -1,12 +1,18 @@
 """Options that several commands share, so that they read and work alike."""
 
+import inspect
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hpcai_cli import hosts as host_lists
+from hpcai_cli import launchers
+from hpcai_cli.errors import UsageError
 from hpcai_cli.launch import VERBOSE_VARIABLE
 
 
@@ -21,7 +27,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what TensorFlow and Horovod print as they start.",
                                        callback=_set_verbose, is_eager=True)]
 Data = Annotated[Path | None, typer.Option("--data", metavar="FILE.h5", help="Dataset file from `hpcai preprocess`.")]
-Processes = Annotated[int, typer.Option("--np", min=1, metavar="N", help="Processes on this host, under horovodrun.")]
+Processes = Annotated[int | None, typer.Option("--np", min=1, metavar="N", help="Processes that work together; 1 by "
+                                               "default, or as many as --hosts takes.", show_default=False)]
 TrustModel = Annotated[bool, typer.Option("--trust-model", help="Load classes of your own from the model file; only "
                                           "for files that you made: they can run code.")]
 Like = Annotated[Path | None, typer.Option("--like", metavar="RUN", help="The run that says recipe, classes and data, "
@@ -34,6 +41,64 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
                                                "repeatable. `hpcai recipes show` lists them.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take settings from a recipe.json or a TOML "
                                            "file first.")]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the processes of --np run, and what starts them."""
+
+    hosts: Annotated[str | None, typer.Option(metavar="A:N,B:N", help="Hosts and how many processes each takes; they "
+                                              "are reached by ssh.")] = None
+    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="The same from a file, a line such as "
+                                                  "`a slots=4` for each.")] = None
+    launcher: Annotated[str, typer.Option(help="auto, horovodrun, mpirun or srun.")] = "auto"
+    interface: Annotated[str, typer.Option(metavar="NAME", help="Network interface that the hosts talk over, such as "
+                                           "eth0; by default the launcher's choice.", show_default=False)] = ""
+    launcher_options: Annotated[str, typer.Option(metavar="WORDS", help="Further words for the launcher, as in "
+                                                  "`--launcher-options=\"--tune settings.conf\"`.",
+                                                  show_default=False)] = ""
+
+    def ranks(self, np: int | None) -> launchers.Ranks | None:
+        """Return the processes that are wanted; None when this one alone does the work.
+
+        Raises:
+            HpcaiError: what `launchers.chosen` raises, or the hosts or the words cannot be read.
+        """
+        if self.hosts is not None and self.hostfile is not None:
+            raise UsageError("--hosts and --hostfile both name hosts", expected="one of them")
+        named = host_lists.read_file(self.hostfile) if self.hostfile is not None else (
+            host_lists.parse(self.hosts) if self.hosts is not None else ())
+        try:
+            further = tuple(shlex.split(self.launcher_options))
+        except ValueError as error:
+            raise UsageError(f"cannot read --launcher-options: {error}", received=self.launcher_options) from None
+        return launchers.chosen(np, named=named, launcher=self.launcher, interface=self.interface, options=further)
+
+
+HERE = Where()
+"""Nothing of it was given."""
+
+
+def flattened(function: Callable) -> Callable:
+    """Return the function with each parameter that is a dataclass of options replaced by these options."""
+    signature, groups, shown = inspect.signature(function), {}, []
+    for each in signature.parameters.values():
+        if is_dataclass(each.annotation):
+            groups[each.name] = each.annotation
+            shown += inspect.signature(each.annotation).parameters.values()
+        else:
+            shown.append(each)
+
+    def command(**given):
+        built = {name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+                 for name, group in groups.items()}
+        return function(**given, **built)
+
+    command.__name__, command.__doc__, command.__module__ = function.__name__, function.__doc__, function.__module__
+    command.__wrapped__ = function
+    command.__signature__ = inspect.Signature([each.replace(kind=each.KEYWORD_ONLY) for each in shown])
+    command.__annotations__ = {each.name: each.annotation for each in shown}
+    return command
 
 
 def words(given: Mapping[str, object]) -> list[str]:

@@ -1,24 +1,23 @@
-"""Starts several ranks of this very program on this host, and makes them look like one."""
+"""Starts several ranks of this very program, here or on several hosts, and makes them look like one."""
 
 import contextlib
-import importlib.util
-import mmap
 import os
 import re
-import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
+from hpcai_cli import host_check
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError
-from hpcai_cli.launch import REGISTER_VARIABLE, TERMINAL_VARIABLE, VERBOSE_VARIABLE, beside
+from hpcai_cli.launch import ANNOUNCEMENT, TERMINAL_VARIABLE, VERBOSE_VARIABLE, beside
+from hpcai_cli.launchers import Ranks
 
 
 @dataclass(frozen=True)
@@ -33,101 +32,87 @@ class Outcome:
     launcher_words: str = ""
     """What the launcher itself printed last."""
 
+    @property
+    def who(self) -> str:
+        """The rank that failed, or the launcher."""
+        return "the launcher" if self.rank is None else f"rank {self.rank}"
 
-def run_command(np: int, arguments: Sequence[str]) -> None:
+
+def run_command(ranks: Ranks, arguments: Sequence[str], files: Iterable[Path] = ()) -> None:
     """Run a command of hpcai in so many processes, and end as it does where that is not with 0.
+
+    Args:
+        files: what each host has to see.
 
     Raises:
         HpcaiError: the ranks have failed without a word.
+        MissingError: a host cannot take ranks.
         typer.Exit: they have said why.
     """
-    outcome = run_ranks(np, arguments)
+    outcome = run_ranks(ranks, arguments, files)
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        raise HpcaiError("the ranks ended without a word of their own", mend="run it again with --verbose",
+        raise HpcaiError(f"{outcome.who} ended without a word of its own", mend="run it again with --verbose",
                          received=outcome.launcher_words)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 
 
-def run_ranks(np: int, arguments: Sequence[str]) -> Outcome:
-    """Run `hpcai ARGUMENTS` in np processes on this host, as if it were one program.
-
-    Under mpirun where Horovod was built with Open MPI, whose ranks talk through shared memory, else under horovodrun.
+def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Iterable[Path] = ()) -> Outcome:
+    """Run `hpcai ARGUMENTS` in several processes, as if it were one program.
 
     Rank 0's stdout becomes ours, the ranks' stderr becomes ours, and signals reach every rank.
 
     Raises:
+        MissingError: a host cannot take ranks.
         KeyboardInterrupt: a signal ended the job, and it had nothing to save.
     """
-    with tempfile.TemporaryDirectory(prefix="hpcai-") as folder:
-        # Open MPI refuses root, and says so only when it starts; in a container there is nobody else.
-        environment = {**os.environ, REGISTER_VARIABLE: folder, "OMPI_ALLOW_RUN_AS_ROOT": "1",
-                       "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        if sys.stderr.isatty():
-            environment[TERMINAL_VARIABLE] = os.ttyname(2)
-        # A session of its own: a Ctrl-C on the terminal comes to us alone, and we pass it on as the wish to stop; the
-        # launcher would end the ranks before they could save themselves.
-        process = subprocess.Popen(
-            [*launcher_words(np), beside("hpcai"), *arguments], env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
-        reader = _Reader(process)
-        with _forwarded(process, Path(folder)) as asked:
-            outcome = reader.outcome()
-        if asked and outcome.exit_code not in (0, EXIT_STOPPED):
-            raise KeyboardInterrupt
-        return outcome
-
-
-def launcher_words(np: int) -> list[str | Path]:
-    """Return the command line that starts np processes of what is written behind it."""
-    if _has_open_mpi():
-        # Not bound: each rank chooses its own cores. More ranks than cores are the user's to ask for.
-        return ["mpirun", "-np", str(np), "--bind-to", "none", "--oversubscribe", "--tag-output"]
-    return gloo_words(np)
-
-
-def gloo_words(np: int) -> list[str | Path]:
-    """Return the command line that starts them under Gloo, also where there is Open MPI."""
-    return [beside("horovodrun"), "-np", str(np), "--gloo", "--network-interfaces", "lo", "--disable-cache"]
-
-
-def _has_open_mpi() -> bool:
-    """Tell whether Horovod is linked with Open MPI and mpirun is there, without loading either."""
-    package = importlib.util.find_spec("horovod")
-    mpirun = shutil.which("mpirun")
-    if package is None or mpirun is None:
-        return False
-    libraries = [path for path in Path(package.origin).parent.glob("tensorflow/mpi_lib*.so") if path.stat().st_size]
-    for library in libraries:
-        with library.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            # MPICH's library is libmpi.so.12, Open MPI's libmpi.so.40.
-            if content.find(b"libmpi.so.40") >= 0:
-                return True
-    return False
+    host_check.check(ranks, files)
+    environment = {**os.environ, **ranks.environment()}
+    if sys.stderr.isatty() and not ranks.other_hosts and ranks.launcher != "srun":
+        environment[TERMINAL_VARIABLE] = os.ttyname(2)
+    # A session of its own: a Ctrl-C on the terminal comes to us alone, and we pass it on as the wish to stop; the
+    # launcher would end the ranks before they could save themselves.
+    process = subprocess.Popen(
+        [*ranks.words(), beside("hpcai"), *arguments], env=environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+    reader = _Reader(process, is_srun=ranks.launcher == "srun")
+    with _forwarded(process, ranks, reader) as asked:
+        outcome = reader.outcome()
+    if asked and outcome.exit_code not in (0, EXIT_STOPPED):
+        raise KeyboardInterrupt
+    return outcome
 
 
 class _Reader:
     """Takes the launcher's prefixes off the ranks' lines and learns from its own lines which rank failed first."""
 
-    # horovodrun writes [1]<stdout>: before each line, Open MPI [1,1]<stdout>: before each piece of one.
+    # horovodrun writes [1]<stdout>: before each line, Open MPI [1,1]<stdout>: before each piece of one, srun 1: before
+    # each line, and tells the streams apart.
     _TAG = re.compile(r"\[(?:\d+,)?(\d+)\]<(stdout|stderr)>:")
+    _LABEL = re.compile(r" *(\d+): (.*)", re.DOTALL)
     _EXIT = re.compile(r"Process (\d+) exit with status code (-?\d+)")
     _MPI_NAME = re.compile(r"\s*Process name: \[\[.*\],(\d+)\]")
     _MPI_CODE = re.compile(r"\s*Exit code:\s+(\d+)")
     _MPI_SIGNAL = re.compile(r"mpirun noticed that process rank (\d+) .* exited on signal (\d+)")
+    _SRUN_CODE = re.compile(r"srun: error: .*: tasks? (\d+)[\d,-]*: Exited with exit code (\d+)")
+    _SRUN_SIGNAL = re.compile(r"srun: error: .*: tasks? (\d+)[\d,-]*: (Killed|Segmentation fault|Aborted|Bus error|"
+                              r"Illegal instruction)")
 
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
+    def __init__(self, process: subprocess.Popen, *, is_srun: bool = False):
+        self._process, self._is_srun = process, is_srun
         self._failed: tuple[int, int] | None = None
         self._named: int | None = None
         self._reported, self._words = False, ""
+        self.processes: dict[int, tuple[int, str]] = {}
+        """Process id and host of each rank that has said so."""
 
     def outcome(self) -> Outcome:
         """Pass everything on until the job ends."""
-        errors = threading.Thread(target=self._pump, args=(self._process.stderr,), daemon=True)
+        pump = self._pump_labels if self._is_srun else self._pump_tags
+        errors = threading.Thread(target=pump, args=(self._process.stderr, "stderr"), daemon=True)
         errors.start()
         with self._process.stdout, self._process.stderr:
-            self._pump(self._process.stdout)
+            pump(self._process.stdout, "stdout")
             code = self._process.wait()
             errors.join()
         if self._failed is None:
@@ -136,7 +121,14 @@ class _Reader:
         return Outcome(status if status in (1, 2, 3, 4, 5, 6, EXIT_STOPPED) else 1, rank, self._reported,
                        f"status {status}")
 
-    def _pump(self, stream) -> None:
+    def _pump_labels(self, stream, kind: str) -> None:
+        for line in stream:
+            if match := self._LABEL.match(line):
+                self._line(int(match[1]), kind, match[2])
+            else:
+                self._own(line)
+
+    def _pump_tags(self, stream, _: str) -> None:
         begun: dict[tuple[int, str], str] = {}
         for line in stream:
             own, *tagged = self._TAG.split(line)
@@ -152,7 +144,11 @@ class _Reader:
             self._line(rank, kind, text)
 
     def _line(self, rank: int, kind: str, text: str) -> None:
-        if kind == "stdout" and rank == 0:
+        if kind == "stderr" and text.startswith(ANNOUNCEMENT):
+            words = text.split()
+            if len(words) == 4 and words[1] == str(rank) and words[2].isdecimal():
+                self.processes[rank] = int(words[2]), words[3]
+        elif kind == "stdout" and rank == 0:
             _pass_on(sys.stdout, text)
         elif kind == "stderr":
             self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
@@ -169,6 +165,10 @@ class _Reader:
             failed = self._named, int(match[1])
         elif match := self._MPI_SIGNAL.match(line):
             failed = int(match[1]), -int(match[2])
+        elif match := self._SRUN_CODE.match(line):
+            failed = int(match[1]), int(match[2])
+        elif match := self._SRUN_SIGNAL.match(line):
+            failed = int(match[1]), -1
         self._failed = self._failed or failed
         if line.strip():
             self._words = line.strip()
@@ -186,19 +186,21 @@ def _pass_on(stream, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _forwarded(process: subprocess.Popen, folder: Path) -> Iterator[list[int]]:
-    """Pass SIGINT, SIGTERM and SIGUSR1 on to every rank while the block lasts; a second Ctrl-C ends them at once."""
+def _forwarded(process: subprocess.Popen, ranks: Ranks, reader: _Reader) -> Iterator[list[int]]:
+    """Pass SIGINT, SIGTERM and SIGUSR1 on to the ranks while the block lasts; a second Ctrl-C ends them at once."""
     asked = []
 
     def forward(number: int, frame) -> None:
-        ranks = [int(path.read_text() or 0) for path in folder.iterdir()]
-        if asked and number == signal.SIGINT or not ranks:
+        started = dict(reader.processes)
+        if asked and number == signal.SIGINT or not started:
             # Nothing to save, or nobody wants to wait: the launcher ends its ranks when it is told to.
             os.killpg(process.pid, signal.SIGTERM)
+        elif ranks.launcher == "srun":
+            # It passes this one on to all, wherever they are.
+            process.send_signal(signal.SIGUSR1)
+        else:
+            _ask_to_stop(started)
         asked.append(number)
-        for rank in filter(None, ranks):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -208,3 +210,16 @@ def _forwarded(process: subprocess.Popen, folder: Path) -> Iterator[list[int]]:
             signal.signal(number, handler)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
+
+
+def _ask_to_stop(started: dict[int, tuple[int, str]]) -> None:
+    """Send SIGTERM to the ranks of this host, or to one elsewhere: what one knows, all know at the next step."""
+    here = [process for process, host in started.values() if host == socket.gethostname()]
+    for process in here:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGTERM)
+    if not here:
+        process, host = started[min(started)]
+        words = ["ssh", "-o", "BatchMode=yes", host, f"kill -TERM {process}"]
+        threading.Thread(target=subprocess.run, args=(words,), daemon=True, kwargs={
+            "stdin": subprocess.DEVNULL, "capture_output": True}).start()

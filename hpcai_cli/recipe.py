@@ -180,7 +180,7 @@ class Recipe:
                                      received=text)
                 else:
                     known = [*(fields.keys() - _FIXED), *options]
-                    raise UsageError(f"recipe {self.name} has no field {name[:60]!r}{_nearest(name, known)}",
+                    raise UsageError(f"recipe {self.name} has no field {name[:60]!r}{nearest(name, known)}",
                                      mend=f"run `hpcai recipes show {self.name}` for all of them", received=name)
             except UsageError as error:
                 problems.append(str(error))
@@ -233,7 +233,7 @@ def read_values(path: Path) -> dict[str, str]:
     """
     try:
         text = path.read_text()
-        values = _parse_toml(text) if path.suffix == ".toml" else json.loads(text)
+        values = parse_toml(text) if path.suffix == ".toml" else json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it holds no object at its top")
     except FileNotFoundError:
@@ -259,7 +259,7 @@ def parse_assignments(pairs: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _parse_toml(text: str) -> dict:
+def parse_toml(text: str) -> dict:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -267,7 +267,7 @@ def _parse_toml(text: str) -> dict:
     return tomllib.loads(text)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f", perhaps {near[0]!r}" if near else ""
 

@@ -1,7 +1,9 @@
-"""SIGINT, SIGTERM and SIGUSR1 as a wish to stop that the work reads when it can save itself."""
+"""What signals mean: a wish to stop that the work reads when it can save itself, or an end like that of Ctrl-C."""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -33,3 +35,13 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number).name
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, by which a batch system ends a job, do what Ctrl-C does, so that what was started ends too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

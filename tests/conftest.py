@@ -9,6 +9,40 @@ from typer.testing import CliRunner
 from hpcai_cli import launch
 from hpcai_cli.main import app
 
+TINY = '''"""A small dense network on made-up images, without dropout or batch normalization."""
+
+from hpcai_cli.recipe import Recipe
+
+recipe = Recipe(name="tiny", summary="for tests", input_shape=(4, 4, 1), num_classes=3, epochs=4, batch_size=8,
+                learning_rate=0.01, learning_rate_scaling="none", validation_fraction=0.2,
+                options={"break_rank": -1, "dropout": 0.0})
+
+
+def sample():
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    labels = np.arange(123) % 3
+    images = (generator.random((123, 4, 4, 1)) * 60 + labels[:, None, None, None] * 60).astype(np.uint8)
+    return {"train": (images[:100], labels[:100]), "test": (images[100:], labels[100:])}
+
+
+def load(source, recipe):
+    return sample()
+
+
+def build_model(recipe):
+    import keras
+
+    from hpcai_cli import launch
+
+    if launch.place().size > 1 and launch.place().rank == recipe.options["break_rank"]:
+        raise RuntimeError("this rank was told to break")
+    return keras.Sequential([
+        keras.Input(recipe.input_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+        keras.layers.Dense(16, activation="relu"), keras.layers.Dropout(recipe.options["dropout"]),
+        keras.layers.Dense(3)])
+'''
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -21,8 +55,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 def own_surroundings(tmp_path_factory, monkeypatch):
     """Give each test an empty working folder and cache, and no launcher's or user's variables; put back what it set."""
     before = dict(os.environ)
-    launchers = [name for _, *names in launch._VARIABLES for name in names]
-    for name in (*launchers, launch.VERBOSE_VARIABLE, launch.TERMINAL_VARIABLE, "HPCAI_DEBUG", "COLUMNS"):
+    for name in (*launch.VARIABLES, launch.VERBOSE_VARIABLE, launch.TERMINAL_VARIABLE, "HPCAI_DEBUG", "COLUMNS"):
         os.environ.pop(name, None)
     os.environ["HPCAI_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
@@ -45,3 +78,9 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> str:
+    """Return the text of a recipe with a sample of its own, whose training takes a second."""
+    return TINY

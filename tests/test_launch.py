@@ -1,6 +1,7 @@
 """What each launcher's variables say about this process's place."""
 
 import os
+import socket
 
 import pytest
 
@@ -17,14 +18,24 @@ HOROVODRUN = {"HOROVOD_RANK": "2", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "0
 
 
 @pytest.mark.parametrize(("variables", "where"), [
-    ({}, Place(0, 1, 0, 1, "")),
-    (HOROVODRUN, Place(2, 4, 0, 2, "horovodrun")),
-    (OPEN_MPI, Place(5, 8, 1, 4, "mpirun")),
-    (SLURM_STEP, Place(3, 4, 1, 2, "srun")),
-    ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "4"}, Place(3, 4, 1, 4, "srun")),
-    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 2, 0, 2, "mpiexec")),
-    ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, Place(3, 4, 1, 2, "mpiexec")),
-    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place(0, 1, 0, 1, "srun"))])
+    ({}, Place(0, 1, 0, 1, 1, "")),
+    (HOROVODRUN, Place(2, 4, 0, 2, 2, "horovodrun")),
+    ({**HOROVODRUN, "HOROVOD_CROSS_SIZE": "3"}, Place(2, 4, 0, 2, 3, "horovodrun")),
+    (OPEN_MPI, Place(5, 8, 1, 4, 2, "mpirun")),
+    ({**OPEN_MPI, "OMPI_MCA_orte_num_nodes": "5"}, Place(5, 8, 1, 4, 5, "mpirun")),
+    (SLURM_STEP, Place(3, 4, 1, 2, 2, "srun")),
+    ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "4"}, Place(3, 4, 1, 4, 1, "srun")),
+    ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_STEP_NUM_NODES": "2"}, Place(3, 4, 1, 1, 2, "srun")),
+    ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_NODEID": "0"}, Place(3, 4, 1, 3, 2, "srun")),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 2, 0, 2, 1, "mpiexec")),
+    ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+     Place(3, 4, 1, 2, 2, "mpiexec")),
+    ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_LOCAL_RANK": "1",
+      "MV2_COMM_WORLD_LOCAL_SIZE": "2"}, Place(1, 4, 1, 2, 2, "mpirun of MVAPICH")),
+    ({"PMIX_RANK": "0"}, Place(0, 2, 0, 1, 1, "PMIx", False)),
+    ({"PMIX_RANK": "5"}, Place(5, 6, 0, 1, 1, "PMIx", False)),
+    ({**OPEN_MPI, "PMIX_RANK": "5"}, Place(5, 8, 1, 4, 2, "mpirun")),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place(0, 1, 0, 1, 1, "srun"))])
 def test_each_launcher(variables, where):
     assert place(variables) == where
 
@@ -65,13 +76,14 @@ def test_garbage_is_no_place(garbage):
     assert place({**OPEN_MPI, "HOROVOD_RANK": garbage}).launcher == "mpirun"
 
 
-@pytest.mark.parametrize("half", ["HOROVOD_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"])
+@pytest.mark.parametrize("half", ["HOROVOD_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK",
+                                  "MV2_COMM_WORLD_RANK"])
 def test_half_of_the_variables_is_no_place(half):
     assert place({half: "1"}) == Place()
 
 
 def test_garbage_about_the_host_takes_all_ranks_to_be_here():
-    assert place({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "?"}) == Place(1, 2, 0, 2, "mpiexec")
+    assert place({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "?"}) == Place(1, 2, 0, 2, 1, "mpiexec")
 
 
 def test_one_of_several_refuses_to_start_several(hpcai, monkeypatch):
@@ -96,9 +108,11 @@ def test_a_number_of_processes_that_is_none(hpcai, np):
     assert hpcai("train", "mnist", "--np", np).exit_code == 2
 
 
-def test_a_rank_leaves_its_process_id(monkeypatch, tmp_path):
-    monkeypatch.setenv("HPCAI_RANKS", str(tmp_path))
+def test_a_rank_that_this_program_started_says_where_it_is(monkeypatch, capsys):
     monkeypatch.setenv("HOROVOD_RANK", "3")
     monkeypatch.setenv("HOROVOD_SIZE", "4")
-    launch.register()
-    assert (tmp_path / "3").read_text() == str(os.getpid())
+    launch.announce()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("HPCAI_RANKS", "1")
+    launch.announce()
+    assert capsys.readouterr().err == f"\x1dhpcai-rank 3 {os.getpid()} {socket.gethostname()}\n"

@@ -1,15 +1,13 @@
 """What the ranks say under a launcher becomes what one program says; real processes print what launchers print."""
 
-import os
 import signal
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from hpcai_cli import launch, rank_processes
+from hpcai_cli import launch, launchers, rank_processes
 from hpcai_cli.rank_processes import Outcome
 
 MPI_FAILURE = """\
@@ -28,13 +26,13 @@ the job to be terminated. The first process to do so was:
 MPI_SIGNAL = "mpirun noticed that process rank {rank} with PID 0 on node here exited on signal {number} (Killed).\n"
 
 
-def read(stdout: str = "", stderr: str = "", code: int = 0) -> Outcome:
+def read(stdout: str = "", stderr: str = "", code: int = 0, *, is_srun: bool = False) -> Outcome:
     """Let the reader read a process that writes these texts, byte for byte, and ends with the code."""
     Path("stdout").write_text(stdout)
     Path("stderr").write_text(stderr)
     with subprocess.Popen(["sh", "-c", f"cat stdout; cat stderr >&2; exit {code}"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, errors="replace") as process:
-        return rank_processes._Reader(process).outcome()
+        return rank_processes._Reader(process, is_srun=is_srun).outcome()
 
 
 # ---- Lines ---------------------------------------------------------------------------------------------------------
@@ -113,40 +111,50 @@ def test_a_rank_that_says_what_the_launcher_would_is_not_believed():
     assert read("", "[1]<stderr>:Process 7 exit with status code 2\n") == Outcome(0)
 
 
-# ---- Launchers -----------------------------------------------------------------------------------------------------
+# ---- srun ----------------------------------------------------------------------------------------------------------
+
+def test_lines_of_srun_are_told_apart(capsys):
+    outcome = read('0: {"metrics": 1}\n1: no\n', " 0: epoch 1/3\n 1: noise\n 1: [rank 1] error: it broke\n"
+                   "srun: error: node1: task 1: Exited with exit code 3\n", code=3, is_srun=True)
+    shown = capsys.readouterr()
+    assert shown.out == '{"metrics": 1}\n' and shown.err == "epoch 1/3\n[rank 1] error: it broke\n"
+    assert outcome == Outcome(3, 1, reported=True, launcher_words="status 3")
+
+
+@pytest.mark.parametrize(("words", "outcome"), [
+    ("srun: error: node1: tasks 0-3: Exited with exit code 75\n", Outcome(75, 0, launcher_words="status 75")),
+    ("srun: error: node1: task 2: Killed\n", Outcome(1, 2, launcher_words="status -1")),
+    ("srun: error: node1: task 2: Segmentation fault (core dumped)\n", Outcome(1, 2, launcher_words="status -1")),
+    ("srun: error: Unable to create step for job 7: More processors requested than permitted\n", Outcome(
+        9, None, launcher_words="srun: error: Unable to create step for job 7: More processors requested than "
+                                "permitted"))])
+def test_srun_tells_the_task_that_failed_first(words, outcome):
+    assert read("", words, code=9, is_srun=True) == outcome
+
+
+# ---- Where the ranks are -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("tag", "is_srun"), [("[1]<stderr>:", False), ("[1,1]<stderr>:", False), ("1: ", True)])
+def test_ranks_say_where_they_are_and_nobody_sees_it(capsys, tag, is_srun):
+    words = f"{tag}{launch.ANNOUNCEMENT} 1 4711 b\n{tag}{launch.ANNOUNCEMENT} 0 4712 b\n{tag}{launch.ANNOUNCEMENT} x\n"
+    Path("words").write_text(words)
+    with subprocess.Popen(["sh", "-c", "cat words >&2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        reader = rank_processes._Reader(process, is_srun=is_srun)
+        reader.outcome()
+    assert reader.processes == {1: (4711, "b")}, "a rank speaks for itself alone"
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- Real ranks ----------------------------------------------------------------------------------------------------
 
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
-
-
-def test_without_mpirun_it_is_horovodrun(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    words = list(map(str, rank_processes.launcher_words(3)))
-    assert words[0].endswith("/horovodrun")
-    assert words[1:3] == ["-np", "3"]
-
-
-@pytest.mark.parametrize(("library", "launcher"), [
-    (b"\x7fELF libmpi.so.40\0", "mpirun"), (b"\x7fELF libmpi.so.12\0", "horovodrun"), (b"\x7fELF", "horovodrun"),
-    (b"", "horovodrun")])
-def test_mpirun_is_for_a_horovod_of_open_mpi(monkeypatch, tmp_path, library, launcher):
-    folder = tmp_path / "horovod" / "tensorflow"
-    folder.mkdir(parents=True)
-    (tmp_path / "horovod" / "__init__.py").touch()
-    (folder / "mpi_lib.cpython-311-x86_64-linux-gnu.so").write_bytes(library)
-    program = tmp_path / "mpirun"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    script = "from hpcai_cli.rank_processes import launcher_words; print(launcher_words(2)[0])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={
-        **os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)})
-    assert done.stderr == ""
-    assert done.stdout.strip().endswith(launcher)
 
 
 @needs_horovod
 def test_the_real_launcher_is_read(capfd):
     """Two real ranks that fail in their own way: no data, exit code 3."""
-    outcome = rank_processes.run_ranks(2, ["train", "mnist", "--data", "none.h5", "--output", "run"])
+    outcome = rank_processes.run_ranks(launchers.local(2), ["train", "mnist", "--data", "none.h5", "--output", "run"])
     assert outcome.exit_code == 3
     assert outcome.reported
     assert capfd.readouterr().err.count("error:") == 1
@@ -155,5 +163,5 @@ def test_the_real_launcher_is_read(capfd):
 @needs_horovod
 def test_the_handlers_of_signals_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    assert rank_processes.run_ranks(1, ["--version"]).exit_code == 0
+    assert rank_processes.run_ranks(launchers.local(1), ["--version"]).exit_code == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before

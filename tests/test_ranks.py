@@ -20,47 +20,10 @@ HOROVODRUN = str(Path(sys.executable).parent / "horovodrun")
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 
-TINY = '''"""A small dense network on made-up images, without dropout or batch normalization."""
-
-from hpcai_cli.recipe import Recipe
-
-recipe = Recipe(name="tiny", summary="for tests", input_shape=(4, 4, 1), num_classes=3, epochs=4, batch_size=8,
-                learning_rate=0.01, learning_rate_scaling="none", validation_fraction=0.2,
-                options={"break_rank": -1, "dropout": 0.0})
-
-
-def sample():
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    labels = np.arange(123) % 3
-    images = (generator.random((123, 4, 4, 1)) * 60 + labels[:, None, None, None] * 60).astype(np.uint8)
-    return {"train": (images[:100], labels[:100]), "test": (images[100:], labels[100:])}
-
-
-def load(source, recipe):
-    return sample()
-
-
-def build_model(recipe):
-    import os
-
-    import keras
-
-    rank = os.environ.get("HOROVOD_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
-    if rank == str(recipe.options["break_rank"]):
-        raise RuntimeError("this rank was told to break")
-    return keras.Sequential([
-        keras.Input(recipe.input_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
-        keras.layers.Dense(16, activation="relu"), keras.layers.Dropout(recipe.options["dropout"]),
-        keras.layers.Dense(3)])
-'''
-
-
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, tiny_recipe):
     """A working folder with the recipe in it, and the environment that Open MPI needs to run as root."""
-    (tmp_path / "tiny.py").write_text(TINY)
+    (tmp_path / "tiny.py").write_text(tiny_recipe)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HPCAI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")

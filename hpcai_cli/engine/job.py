@@ -13,7 +13,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hpcai_cli import console
+from hpcai_cli import console, launch
 from hpcai_cli.cache import cache_folder
 from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
@@ -203,7 +203,8 @@ def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None
     write_json(run.recipe_file, request.recipe.to_json())
     write_json(run.manifest_file, {
         "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,
-        "data": os.path.abspath(dataset.path), "data_fingerprint": dataset.fingerprint,
+        "data": os.environ.get(launch.STAGED_VARIABLE) or os.path.abspath(dataset.path),
+        "data_fingerprint": dataset.fingerprint,
         "class_names": list(dataset.class_names), "data_details": _columns(dataset),
         "seed": request.recipe.seed, **facts,
         "host": socket.gethostname(), "python": platform.python_version(), "git_commit": _git_commit(),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcai_cli import catalog, rank_processes
+from hpcai_cli import catalog, launchers
 from hpcai_cli.engine.benchmarks import measure
 from hpcai_cli.engine.benchmarks.photographs import sample_photographs, tutorial
 from hpcai_cli.recipe import Recipe
@@ -151,7 +151,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(digits):
 
 def test_under_a_launcher_rank_0_alone_measures_what_is_of_one_process(tmp_path):
     pytest.importorskip("horovod")
-    words = [*rank_processes.launcher_words(2), measure.PROGRAM, "benchmark", "start", "--output", "kept"]
+    words = [*launchers.local(2).words(), measure.PROGRAM, "benchmark", "start", "--output", "kept"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
                           env=os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hpcai_cli import launchers
 from hpcai_cli.engine import machine
 from hpcai_cli.engine.benchmarks.measure import PROGRAM
-from hpcai_cli.rank_processes import gloo_words
 
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 
@@ -61,7 +61,7 @@ def test_more_ranks_than_rows_or_than_the_host_bears_are_refused(hpcai):
 @pytest.mark.long
 def test_two_ranks_keep_one_result(launcher):
     command = [PROGRAM, "benchmark", "matmul", "--size", "128", "--output", "kept"]
-    command = [*command, "--np", "2"] if launcher == "--np" else [*gloo_words(2), *command]
+    command = [*command, "--np", "2"] if launcher == "--np" else [*launchers.local(2, "horovodrun").words(), *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     document = json.loads(Path("kept/result.json").read_text())

@@ -1,6 +1,9 @@
 """A training small enough for a test: three kinds of 4x4 images, a network of a few units, a second or less."""
 
 import json
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -77,3 +80,24 @@ def tiny(tmp_path, monkeypatch) -> Tiny:
     # An epoch is several blocks, as it is with real data, so that there is something to stop between.
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", TWO_STEPS)
     return Tiny(tmp_path)
+
+
+@pytest.fixture
+def power_meter(tmp_path) -> Iterator[Path]:
+    """The file of a power meter that reads 200 W fifty times a second while the test runs."""
+    path, ended = tmp_path / "watts.txt", threading.Event()
+    path.write_text("")
+
+    def write() -> None:
+        with path.open("a", buffering=1) as stream:
+            while not ended.wait(0.02):
+                stream.write(f"{time.time():.4f} 200\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        time.sleep(0.2)
+        yield path
+    finally:
+        ended.set()
+        writer.join()

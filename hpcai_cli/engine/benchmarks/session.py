@@ -40,7 +40,7 @@ def run(name: str, measured: Callable[[], Iterable | InRanks], common: Common, a
         comparison.check_comparable(old, surroundings.this_machine())
     folder, found = results.folder_for(name, common.output), measured()
     if isinstance(found, InRanks):
-        rank_processes.run_command(found.np, [*again, *([] if common.output else ["--output", str(folder)])])
+        rank_processes.run_command(found.ranks, [*again, *([] if common.output else ["--output", str(folder)])])
         return
     meter = Meter(common.power_file) if common.energy or common.power_file else None
     kept = results.Results(folder, name, surroundings.Watch(), meter)

@@ -1,6 +1,5 @@
 """What a run keeps: the energy of a sample beside that of the whole run."""
 
-import threading
 import time
 
 import pytest
@@ -51,23 +50,8 @@ def test_the_energy_of_a_sample_is_that_of_its_own_rounds(tmp_path, zone):
     assert measure.mark() == pytest.approx(time.time(), abs=5), "the clock is the system's again"
 
 
-def test_a_power_meter_tells_it_too(tmp_path):
-    path, ended = tmp_path / "watts.txt", threading.Event()
-    path.write_text("")
-
-    def write() -> None:
-        with path.open("a", buffering=1) as stream:
-            while not ended.wait(0.02):
-                stream.write(f"{time.time():.4f} 200\n")
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        time.sleep(0.2)
-        document = kept(tmp_path, Meter(path), {"ours": lambda: time.sleep(0.4) or 1.0})
-    finally:
-        ended.set()
-        writer.join()
+def test_a_power_meter_tells_it_too(tmp_path, power_meter):
+    document = kept(tmp_path, Meter(power_meter), {"ours": lambda: time.sleep(0.4) or 1.0})
     assert document["figures"][-1]["value"] == pytest.approx(200 * 0.4 / 40, rel=0.1), document["energy"]
 
 

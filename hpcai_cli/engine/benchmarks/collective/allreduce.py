@@ -7,7 +7,7 @@ Gloo and of 0.5 ms as we start it over MPI; below about 1 MB that, and not the t
 import re
 from collections.abc import Iterator, Sequence
 
-from hpcai_cli import console, launch
+from hpcai_cli import console, launch, launchers
 from hpcai_cli.engine import distributed, machine
 from hpcai_cli.engine.benchmarks.collective import rank_jobs
 from hpcai_cli.engine.benchmarks.collective.collective_report import (
@@ -20,7 +20,6 @@ from hpcai_cli.engine.benchmarks.collective.collective_report import (
 )
 from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.errors import HpcaiError, MissingError, UsageError
-from hpcai_cli.rank_processes import gloo_words, launcher_words
 
 LARGEST = 256 << 20
 LIMIT = 4 << 30
@@ -69,8 +68,8 @@ def _measured(np: int, operations: Sequence[str], sizes: Sequence[int]) -> Itera
         for transport in transports:
             console.note(f"pass {number + 1} of {PASSES}: {np} ranks over {transport} ...")
             # Gloo takes a launcher of its own: Horovod 0.28.1 crashes with HOROVOD_CPU_OPERATIONS=gloo under mpirun.
-            launcher = (gloo_words if transport == "Gloo" else launcher_words)(np)
-            for record in rank_jobs.records(launcher, task, {} if transport == "NCCL" else HIDDEN):
+            ranks = launchers.local(np, "horovodrun" if transport == "Gloo" else "auto")
+            for record in rank_jobs.records(ranks, task, {} if transport == "NCCL" else HIDDEN):
                 yield transport, record
 
 
@@ -80,7 +79,7 @@ def _transports(np: int) -> list[str]:
     for name in TRANSPORTS:
         if name not in built:
             console.note(f"{name} is left out: Horovod was built without it")
-    if "MPI" in built and launcher_words(np) == gloo_words(np):
+    if "MPI" in built and not launchers.has_open_mpi():
         console.note("MPI is left out: its ranks are started by Open MPI's mpirun, which is not here")
         built.remove("MPI")
     if "NCCL" in built and len(machine.gpus()) < np:

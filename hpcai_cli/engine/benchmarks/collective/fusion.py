@@ -4,13 +4,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from hpcai_cli import console
+from hpcai_cli import console, launchers
 from hpcai_cli.engine.benchmarks.collective import rank_jobs
 from hpcai_cli.engine.benchmarks.collective.collective_report import NAME, size_text
 from hpcai_cli.engine.benchmarks.measure import Figure, Table, interval, median, ratio
 from hpcai_cli.engine.model import build, moving_statistics
 from hpcai_cli.errors import HpcaiError
-from hpcai_cli.rank_processes import launcher_words
 from hpcai_cli.recipe import Recipe
 
 PASSES, ROUNDS = 2, 5
@@ -37,7 +36,7 @@ def measure(np: int, shapes: Sequence[Sequence[int]]) -> Iterator[Figure | Table
         for number in range(PASSES):
             for name, environment in settings.items():
                 console.note(f"pass {number + 1} of {PASSES}: {name} ...")
-                for record in rank_jobs.records(launcher_words(np), task, environment):
+                for record in rank_jobs.records(launchers.local(np), task, environment):
                     seconds.setdefault(name, []).extend(record["seconds"])
                     transport = record["transport"]
     except (KeyboardInterrupt, HpcaiError) as error:

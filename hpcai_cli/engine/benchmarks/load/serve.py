@@ -6,21 +6,18 @@ by its loopback, by waking up and by keeping processes from running, is seen at 
 
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hpcai_cli import console
-from hpcai_cli.engine.benchmarks.load import open_loop
+from hpcai_cli.engine.benchmarks.load import open_loop, started_server
 from hpcai_cli.engine.benchmarks.measure import Figure, Work, mark, median
 from hpcai_cli.engine.deployment import formats
 from hpcai_cli.engine.serving import artefact as artefacts
@@ -42,7 +39,6 @@ FAR_BELOW = 3.0
 """Milliseconds of p99 under which the next rate is twice as high."""
 PEER_LIMITS = {"litserve": 1.5, "mlserver": 1.5, "flask": 15.0}
 """How many times their throughput is promised."""
-_START_SECONDS = 60.0
 
 
 def measure(recipes: Mapping[str, tuple[Recipe, Callable]], peers: Mapping[str, str]) -> Iterator[Figure | Work]:
@@ -103,10 +99,9 @@ class _Round:
 
 
 def _own(folder: Path, example: np.ndarray, cores: set[int], client_cores: set[int]) -> list[Figure | Work]:
-    own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
-           "--port", "{port}", "--max-batch", "8", "--log-file", os.devnull]
+    own = started_server.ours(folder, "--threads", str(len(cores)), "--max-batch", "8")
     bare, rounds = [sys.executable, str(Path(__file__).with_name("bare_server.py")), "{port}"], []
-    with _serving(own, cores) as port, _serving(bare, cores) as bare_port:
+    with started_server.serving(own, cores) as port, started_server.serving(bare, cores) as bare_port:
         while len(rounds) < ROUNDS:
             rounds.append(_round((port, bare_port), folder, example, (cores, client_cores),
                                  min((each.most for each in rounds), default=0.0)))
@@ -186,8 +181,7 @@ def _cold_start(folder: Path, example: np.ndarray) -> list[Figure]:
     request, times = _binary_request(folder.name, example), []
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        with _serving([sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--port", "{port}",
-                       "--log-file", os.devnull], os.sched_getaffinity(0)) as port:
+        with started_server.serving(started_server.ours(folder), os.sched_getaffinity(0)) as port:
             outcome = open_loop.drive(port, request, rate=1, seconds=0.01, connections=1)
             if outcome.statuses.get(200) != 1:
                 raise HpcaiError("the server did not answer its first request", received=outcome.statuses)
@@ -209,10 +203,9 @@ def _beside(name: str, python: str, folder: Path, example: np.ndarray, cores: se
     ours = open_loop.request_of("/v2/models/mnist/infer", json.dumps(tensor).encode(), headers)
     command = [python, str(Path(__file__).with_name("peer_servers.py")), name, str(folder / "model.tflite"), "{port}",
                str(len(cores))]
-    own = [sys.executable, "-m", "hpcai_cli.engine.serving.server", str(folder), "--threads", str(len(cores)),
-           "--port", "{port}", "--log-file", os.devnull]
+    own = started_server.ours(folder, "--threads", str(len(cores)))
     ratios, rates, mine = [], [], []
-    with _serving(own, cores) as our_port, _serving(command, cores) as their_port:
+    with started_server.serving(own, cores) as our_port, started_server.serving(command, cores) as their_port:
         for _ in range(ROUNDS):
             mine.append(_throughput(our_port, ours, client_cores, near=min(mine, default=0.0)))
             rates.append(_throughput(their_port, theirs, client_cores, near=min(rates, default=0.0)))
@@ -254,49 +247,3 @@ def _throughput(port: int, request: bytes, cores: set[int], near: float) -> floa
             return best
         # Far below what it bears, the steps are larger.
         rate *= 2.0 if outcome.percentile(99) < FAR_BELOW else STEP
-
-
-@contextmanager
-def _serving(command: list[str], cores: set[int]) -> Iterator[int]:
-    """Start a server on cores of its own, wait until it listens, and end it; `{port}` in the command is its port."""
-    port = _free_port()
-    words = [word.format(port=port) for word in command]
-    environ: Mapping = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(len(cores))}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(words, env=environ, stdout=said, stderr=said, start_new_session=True,
-                                   preexec_fn=lambda: os.sched_setaffinity(0, cores))
-        try:
-            _wait(process, port, said)
-            yield port
-        finally:
-            # Some peers leave the processes behind that they started.
-            for stop in (15, 9):
-                try:
-                    os.killpg(process.pid, stop)
-                except ProcessLookupError:
-                    break
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    continue
-            process.wait()
-
-
-def _wait(process: subprocess.Popen, port: int, said) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            open_loop.drive(port, b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", rate=100, seconds=0.01,
-                            connections=1)
-            return
-        except HpcaiError:
-            time.sleep(0.02)
-    said.seek(0)
-    lines = said.read().decode(errors="replace").strip().splitlines()[-1:]
-    raise HpcaiError("a server of the benchmark does not start", received=lines[0] if lines else process.poll())
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

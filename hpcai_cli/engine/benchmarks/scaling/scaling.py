@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcai_cli import console, launch
+from hpcai_cli import console, host_check, launch, launchers
 from hpcai_cli.engine import machine
 from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.engine.benchmarks.scaling import scaling_jobs, scaling_projection, scaling_results, scaling_trainings
 from hpcai_cli.engine.benchmarks.scaling.scaling_results import JobSteps
 from hpcai_cli.errors import MissingError, UsageError
+from hpcai_cli.launchers import Ranks
 from hpcai_cli.recipe import Recipe
 
 ROUNDS = 2
@@ -57,6 +58,8 @@ class Request:
     """How long each kind of step is measured at a time."""
     here: bool = False
     """Whether this process is one of a job that the benchmark has started."""
+    on: Ranks | None = None
+    """The largest job, where what starts its ranks was chosen."""
 
 
 def measure(subject: Subject, request: Request) -> Iterator[Figure | Table | Curves]:
@@ -79,11 +82,17 @@ def measure(subject: Subject, request: Request) -> Iterator[Figure | Table | Cur
     if place.size > 1 or request.here:
         plan = _Plan.of(subject, request, (place.size,))
         return _job_itself(subject, plan) if request.here else _in_this_job(subject, plan)
-    sizes = request.sizes or _default_sizes()
-    _check_ranks(max(sizes))
+    on = request.on
+    if on and on.hosts:
+        sizes = request.sizes or _sizes_on(on)
+        _check_hosts(on, sizes)
+        host_check.check(on, [subject.data.absolute()])
+    else:
+        sizes = request.sizes or _default_sizes()
+        _check_ranks(max(sizes))
     plan = _Plan.of(subject, request, sizes)
-    _check_images(plan, dataset.split("train").inputs)
-    return _in_jobs(subject, plan)
+    _check_images(plan, dataset.split("train").inputs, on)
+    return _in_jobs(subject, plan, on or launchers.local(max(sizes)))
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,21 @@ def _check_ranks(most: int) -> None:
         launch.require_horovod(most)
 
 
-def _check_images(plan: _Plan, inputs) -> None:
+def _sizes_on(on: Ranks) -> tuple[int, ...]:
+    """Return the ranks of one host, of two, four and so on, and of all."""
+    count, slots = len(on.hosts), on.hosts[0].slots
+    return tuple(sorted({slots * number for number in (*(2**power for power in range(count.bit_length())), count)}))
+
+
+def _check_hosts(on: Ranks, sizes: tuple[int, ...]) -> None:
+    slots = {host.slots for host in on.hosts}
+    if len(slots) > 1 or any(size % min(slots) for size in sizes):
+        raise UsageError("each host has to take the same number of ranks, and each job whole hosts, so that a rank has "
+                         "the same cores in all jobs", received=",".join(map(str, on.hosts)),
+                         expected=f"--np with multiples of {min(slots)}" if len(slots) == 1 else "equal numbers")
+
+
+def _check_images(plan: _Plan, inputs, on: Ranks | None) -> None:
     """Check that the data have, and memory holds, what a step takes; `inputs` are the training split's."""
     images, most = plan.total // plan.sizes[0], max(plan.sizes)
     if plan.mode != "weak" and images > len(inputs):
@@ -157,9 +180,10 @@ def _check_images(plan: _Plan, inputs) -> None:
                          expected=f"--total-images of at most {len(inputs) * plan.sizes[0]}", received=plan.total)
     memory = machine.memory_bytes()[1]
     # A step's images lie in the pipeline's buffer and in TensorFlow's.
-    needed = max(size * (RANK_BYTES + 2 * max(plan.images(size)) * inputs[:1].nbytes) for size in plan.sizes)
+    here = on.hosts[0].slots if on and on.hosts else most
+    needed = max(min(size, here) * (RANK_BYTES + 2 * max(plan.images(size)) * inputs[:1].nbytes) for size in plan.sizes)
     if memory and needed > memory:
-        raise MissingError(f"{most} ranks need about {needed / 1e9:.1f} GB of memory", expected="memory for each rank",
+        raise MissingError(f"{here} ranks need about {needed / 1e9:.1f} GB of memory", expected="memory for each rank",
                            mend="give a smaller --np or --total-images", received=f"{memory / 1e9:.1f} GB free")
 
 
@@ -186,17 +210,18 @@ def _measure_here(subject: Subject, plan: _Plan) -> JobSteps:
     return found
 
 
-def _in_jobs(subject: Subject, plan: _Plan) -> Iterator[Figure | Table | Curves]:
+def _in_jobs(subject: Subject, plan: _Plan, on: Ranks) -> Iterator[Figure | Table | Curves]:
     share, cores = scaling_jobs.cores_of_a_rank(plan.sizes)
-    words = ["--recipe", subject.reference, "--data", str(subject.data), "--mode", plan.mode, "--total-images",
-             str(plan.total), "--seconds", str(plan.seconds)]
+    words = ["--recipe", subject.reference, "--data", str(subject.data.absolute()), "--mode", plan.mode,
+             "--total-images", str(plan.total), "--seconds", str(plan.seconds)]
     jobs: dict[int, JobSteps] = {}
     try:
         for number in range(ROUNDS):
             for size in plan.sizes:
                 console.note(f"round {number + 1} of {ROUNDS}: steps of {size} rank{'s' if size > 1 else ''}")
                 enough = cores[:size * share] if size * share <= len(cores) else cores
-                found = scaling_jobs.run(size, enough, words)
+                # The ranks share out these cores as those of `hpcai train --np` do.
+                found = scaling_jobs.run(on.first(size), () if on.hosts else enough, words)
                 jobs[size] = jobs[size].joined(found) if size in jobs else found
     except KeyboardInterrupt:
         # What was measured is kept, where there is anything to compare.
@@ -205,7 +230,7 @@ def _in_jobs(subject: Subject, plan: _Plan) -> Iterator[Figure | Table | Curves]
         raise
     yield from _told(jobs, plan)
     own = max((size for size in plan.sizes if size * share <= len(cores)), default=1)
-    if own > 1 and plan.mode != "strong":
+    if own > 1 and plan.mode != "strong" and not on.hosts:
         ours = [cores[rank * share:(rank + 1) * share] for rank in range(own)]
         yield from scaling_trainings.measure(subject.reference, subject.data, subject.recipe.batch_size, ours)
 

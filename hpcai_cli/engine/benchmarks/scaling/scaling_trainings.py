@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hpcai_cli import console
 from hpcai_cli.engine.benchmarks.measure import PROGRAM, Figure, interleaved, median, ratio
-from hpcai_cli.engine.benchmarks.scaling.scaling_jobs import sigterm_interrupts
 from hpcai_cli.engine.environment.long_process import end_group
 from hpcai_cli.errors import HpcaiError
+from hpcai_cli.signals import sigterm_interrupts
 
 ROUNDS = 3
 EPOCHS = 2

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpcai_cli import launchers
 from hpcai_cli.engine import distributed
 from hpcai_cli.engine.benchmarks.matrix import matmul, matrix_operands, matrix_split
 from hpcai_cli.engine.benchmarks.matrix.matmul_request import Request, check_memory
 from hpcai_cli.engine.benchmarks.matrix.matrix_products import RowBlocks, Summa
 from hpcai_cli.errors import DivergedError, MissingError
-from hpcai_cli.rank_processes import gloo_words
 
 DTYPES = ("float32", "float64", "bfloat16")
 
@@ -190,7 +190,7 @@ ranks.stop()
 def test_uneven_ranks_multiply_as_numpy_does(launcher, speeds):
     if launcher == "mpirun" and shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed")
-    words = gloo_words(len(speeds)) if launcher == "horovodrun" else [
+    words = launchers.local(len(speeds), "horovodrun").words() if launcher == "horovodrun" else [
         "mpirun", "-np", str(len(speeds)), "--bind-to", "none", "--oversubscribe"]
     Path("ranks.py").write_text(RANKS)
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcai_cli import launchers
 from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table
 from hpcai_cli.engine.benchmarks.scaling import scaling, scaling_jobs, scaling_projection, scaling_results
 from hpcai_cli.engine.benchmarks.scaling.projection import Costs
@@ -133,15 +134,15 @@ def test_each_rank_gets_as_many_cores_in_every_job():
 
 
 def test_a_job_that_fails_says_what_its_rank_said():
-    with pytest.raises(HpcaiError, match=r"job of 1 rank failed with exit code 2; received: .*no such recipe"):
-        scaling_jobs.run(1, sorted(os.sched_getaffinity(0)), ["--recipe", "mnost"])
+    with pytest.raises(HpcaiError, match=r"job of 1 rank failed with exit code 2; .*received: .*no such recipe"):
+        scaling_jobs.run(launchers.local(1), sorted(os.sched_getaffinity(0)), ["--recipe", "mnost"])
 
 
 def test_what_was_measured_before_an_interruption_is_told(monkeypatch):
     """Of the second round's first job: the first round has all sizes."""
     given = [job(1, FITTED), job(2, FITTED)]
 
-    def run(size, cores, words):
+    def run(ranks, cores, words):
         if not given:
             raise KeyboardInterrupt
         return given.pop(0)
@@ -151,6 +152,6 @@ def test_what_was_measured_before_an_interruption_is_told(monkeypatch):
     plan = scaling._Plan((1, 2), "weak", 64, 1024, (64, 1024), 4, 0.1)
     found = []
     with pytest.raises(KeyboardInterrupt):
-        found.extend(scaling._in_jobs(subject, plan))
+        found.extend(scaling._in_jobs(subject, plan, launchers.local(2)))
     names = [each.name for each in found if isinstance(each, Figure)]
     assert "weak, 64 images a step and rank: 2 ranks, efficiency" in names

@@ -1,0 +1,164 @@
+"""One command over two hosts: it trains as one process would, and each wrong set-up ends in its sentence."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HPCAI = str(Path(sys.executable).parent / "hpcai")
+pytestmark = pytest.mark.cluster
+LAUNCHERS = pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+
+
+@pytest.fixture
+def train(two_hosts, request):
+    """Return a function that trains from host a, by default in a run folder of this test's own."""
+    def run(*words: object, host: str = "a", output: str = ""):
+        name = output or "".join(sign if sign.isalnum() else "-" for sign in request.node.name)
+        done = two_hosts.hpcai(host, "train", "./tiny.py", "--data", "tiny.h5", "--output", name, "--json", *words)
+        return done, two_hosts.folder / name
+    return run
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    with np.load(newest / "arrays.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def wait_for_epochs(events: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not events.exists() or events.read_text().count('"epoch"') < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=60)
+        time.sleep(0.05)
+
+
+def assert_close(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_allclose(value, second[name], rtol=1e-4, atol=1e-5)
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(value, second[name]) for name, value in first.items())
+
+
+# ---- It trains -----------------------------------------------------------------------------------------------------
+
+@LAUNCHERS
+def test_two_hosts_train_the_model_of_one(train, launcher):
+    done, run = train("--hosts", "a:1,b:1", "--launcher", launcher)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+    alone, other = train("--batch-size", 16, output=f"alone-{launcher}")
+    assert alone.returncode == 0, alone.stderr
+    assert_close(run, other)
+
+
+def test_a_hostfile_and_an_interface(train, two_hosts):
+    (two_hosts.folder / "hosts").write_text("a slots=1\nb slots=1\n")
+    done, _ = train("--hostfile", "hosts", "--interface", "wire")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+
+
+@LAUNCHERS
+def test_the_host_that_starts_need_not_take_part(train, launcher):
+    done, _ = train("--hosts", "b:2", "--launcher", launcher)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+
+
+def test_evaluate_gives_the_same_figures(train, two_hosts):
+    done, run = train()
+    assert done.returncode == 0, done.stderr
+    alone, spread = (two_hosts.hpcai("a", "evaluate", run.name, "--data", "tiny.h5", "--json", "--output", name, *words)
+                     for name, words in (("alone", ()), ("spread", ("--hosts", "a,b"))))
+    assert alone.returncode == spread.returncode == 0, alone.stderr + spread.stderr
+    assert json.loads(alone.stdout)["metrics"] == json.loads(spread.stdout)["metrics"]
+
+
+# ---- It ends -------------------------------------------------------------------------------------------------------
+
+@LAUNCHERS
+@pytest.mark.parametrize("places", ["a:1,b:1", "b:2"], ids=["here-too", "elsewhere"])
+def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(train, two_hosts, launcher, places):
+    words = ["--hosts", places, "--launcher", launcher, "--epochs", 100]
+    done, whole = train(*words, output=f"whole-{launcher}-{places[0]}")
+    assert done.returncode == 0, done.stderr
+    name = f"stopped-{launcher}-{places[0]}"
+    with two_hosts.started("a", "train", "./tiny.py", "--data", "tiny.h5", "--output", name, *words) as process:
+        wait_for_epochs(two_hosts.folder / name / "events.jsonl", process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    resumed = two_hosts.hpcai("a", "train", "./tiny.py", "--resume", name, "--hosts", places, "--launcher", launcher)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_bits(two_hosts.folder / name, whole)
+
+
+@LAUNCHERS
+def test_the_first_failing_rank_is_named(train, launcher):
+    done, run = train("--hosts", "a:1,b:1", "--launcher", launcher, "--set", "break_rank=1")
+    assert done.returncode == 2 and "[rank 1] error: " in done.stderr and "told to break" in done.stderr
+    failure = json.loads((run / "failure.json").read_text())
+    assert failure["rank"] == 1 and "told to break" in failure["message"]
+
+
+# ---- Wrong set-ups -------------------------------------------------------------------------------------------------
+
+def assert_refused(done: subprocess.CompletedProcess, run: Path, seconds: float, *words: str) -> None:
+    assert done.returncode == 4, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), done.stderr
+    assert "Traceback" not in done.stderr and seconds < 45
+
+
+@LAUNCHERS
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--hosts", "a:1,gone:1"], ["gone cannot be reached", "check that it is up"]),
+    (["--hosts", "a:1,nobody:1"], ["nobody has no address"]),
+    (["--hosts", "a:1,b:1", "--interface", "dead"], ["b is not reached over dead"]),
+    (["--hosts", "a:1,b:1", "--interface", "eth77"], ["no such network interface", "wire"])])
+def test_a_host_or_an_interface_that_leads_nowhere(train, launcher, words, expected):
+    started = time.monotonic()
+    done, run = train(*words, "--launcher", launcher)
+    assert_refused(done, run, time.monotonic() - started, *expected)
+
+
+def test_a_key_that_the_host_does_not_accept(train, two_hosts):
+    two_hosts.user_key("other_key")
+    try:
+        started = time.monotonic()
+        done, run = train("--hosts", "a:1,b:1")
+    finally:
+        two_hosts.user_key("user_key")
+    assert_refused(done, run, time.monotonic() - started, "b does not accept a key of this user's", "ssh-copy-id b")
+
+
+def test_a_host_that_ssh_does_not_know(train, two_hosts):
+    (two_hosts.folder / "nobody_known").write_text("")
+    two_hosts.user_key("user_key", "nobody_known")
+    try:
+        started = time.monotonic()
+        done, run = train("--hosts", "a:1,b:1")
+    finally:
+        two_hosts.user_key("user_key")
+    assert_refused(done, run, time.monotonic() - started, "b is not known to ssh", "run `ssh b` once")
+
+
+def test_a_folder_that_the_other_host_does_not_see(two_hosts, tmp_path):
+    """A folder on a disk of host a's own: host b's processes run where it is not mounted."""
+    done = two_hosts.run("a", "sh", "-c", "mkdir -p $0 && mount -t tmpfs none $0 && cp tiny.py tiny.h5 $0/ && cd $0 && "
+                         f"exec {HPCAI} train ./tiny.py --data tiny.h5 --output run --hosts a:1,b:1",
+                         tmp_path / "own")
+    assert done.returncode == 4, done.stderr
+    assert "b does not see" in done.stderr and "tiny.h5" in done.stderr
