@@ -15,6 +15,7 @@ from hpcai_cli.commands.compress import compress
 from hpcai_cli.commands.deploy import deploy
 from hpcai_cli.commands.doctor import doctor
 from hpcai_cli.commands.evaluate import evaluate
+from hpcai_cli.commands.launch import launch
 from hpcai_cli.commands.predict import predict
 from hpcai_cli.commands.preprocess import preprocess
 from hpcai_cli.commands.recipes import recipes
@@ -91,6 +92,7 @@ app.command()(compress)
 app.add_typer(deploy, name="deploy")
 benchmark.add_typer(benchmark_all)
 app.add_typer(benchmark, name="benchmark")
+app.add_typer(launch, name="launch")
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)
 

@@ -162,3 +162,21 @@ def test_a_folder_that_the_other_host_does_not_see(two_hosts, tmp_path):
                          tmp_path / "own")
     assert done.returncode == 4, done.stderr
     assert "b does not see" in done.stderr and "tiny.h5" in done.stderr
+
+
+# ---- Benchmarks ----------------------------------------------------------------------------------------------------
+
+def test_scaling_measures_one_host_and_two(two_hosts):
+    done = two_hosts.hpcai("a", "benchmark", "scaling", "--hosts", "a:1,b:1", "--recipe", "./tiny.py", "--data",
+                           "tiny.h5", "--mode", "weak", "--seconds", "0.05", "--output", "scaling", "--json")
+    assert done.returncode == 0, done.stderr
+    names = [figure["name"] for figure in json.loads(done.stdout)["figures"]]
+    assert any("2 ranks, efficiency" in name for name in names), names
+    assert not list(two_hosts.folder.glob(".hpcai-*"))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--hosts", "a:1,b:2"], "the same number of ranks"), (["--hosts", "a:2,b:2", "--np", "2,3"], "multiples of 2")])
+def test_scaling_takes_whole_hosts(two_hosts, words, message):
+    done = two_hosts.hpcai("a", "benchmark", "scaling", "--recipe", "./tiny.py", "--data", "tiny.h5", *words)
+    assert done.returncode == 2 and message in done.stderr

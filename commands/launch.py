@@ -1,0 +1,212 @@
+"""hpcai launch: a command as a job of Slurm or in the background, and what became of it."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpcai_cli import console, job_script, jobs, launchers, options, site, slurm
+from hpcai_cli.errors import UsageError
+from hpcai_cli.jobs import Job
+from hpcai_cli.run import write_bytes
+
+launch = typer.Typer(help="Hand a command to a cluster's scheduler, or run it in the background; ask what became of "
+                     "it.", no_args_is_help=True)
+
+_POLL_SECONDS = 0.5
+Words = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A command of hpcai, such as `train mnist "
+                                            "--data data/mnist.h5`.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script and start nothing.")]
+Name = Annotated[str, typer.Argument(metavar="JOB", help="Its name, number or folder.")]
+
+
+@launch.command(name="slurm")
+def slurm_(
+    words: Words,
+    nodes: Annotated[int | None, typer.Option(min=1, max=100_000, help="Hosts.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, max=10_000, help="Ranks of each host: one for each GPU, "
+                                                       "or for some cores.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, max=10_000, help="Cores of each rank.")] = None,
+    gpus_per_task: Annotated[int | None, typer.Option(min=0, max=64, help="GPUs of each rank.")] = None,
+    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Limit, after which Slurm ends the job.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Where it is queued.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Who pays.")] = None,
+    array: Annotated[str | None, typer.Option(metavar="1-8%4", help="A job for each index, which stands for {task} in "
+                                              "the command.")] = None,
+    signal_before: Annotated[int | None, typer.Option(min=0, max=65_535, metavar="SECONDS", help="How long before its "
+                                                      "limit a job saves itself; 0 for never.")] = None,
+    requeue: Annotated[bool | None, typer.Option("--requeue/--no-requeue", help="Queue a job again that has saved "
+                                                 "itself at its limit, so that it goes on.")] = None,
+    stage: Annotated[str | None, typer.Option(metavar="FOLDER", help="Copy the dataset file there first, on each "
+                                              "host's own disk.")] = None,
+    modules: Annotated[list[str] | None, typer.Option("--module", metavar="NAME", help="`module load` it first. "
+                                                      "Repeatable.")] = None,
+    container: Annotated[str | None, typer.Option(metavar="IMAGE", help="Run the ranks in this image, by "
+                                                  "apptainer.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="auto, srun, mpirun or horovodrun.")] = None,
+    further: Annotated[list[str] | None, typer.Option("--option", metavar="--NAME=VALUE", help="A further option of "
+                                                      "sbatch. Repeatable.")] = None,
+    dry_run: DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Write a job script of Slurm and hand it in.
+
+    A job saves itself before its limit, is queued again and goes on where it was. What is not given here is taken from
+    the site's defaults: section [slurm] of $HPCAI_SITE, ~/.config/hpcai/site.toml or /etc/hpcai/site.toml.
+
+    Examples:
+        $ hpcai launch slurm --nodes 2 --tasks-per-node 4 --gpus-per-task 1 --time 4:00:00 -- train dogs-vs-cats
+        $ hpcai launch slurm --dry-run -- train mnist --data data/mnist.h5 --epochs 20
+        $ hpcai launch slurm --array 1-8 -- train mnist --seed {task}
+
+    Next: hpcai launch status
+    """
+    given = {"nodes": nodes, "tasks_per_node": tasks_per_node, "cpus_per_task": cpus_per_task,
+             "gpus_per_task": gpus_per_task, "time": time, "partition": partition, "account": account, "array": array,
+             "signal_before": signal_before, "requeue": requeue, "stage": stage,
+             "modules": None if modules is None else tuple(modules), "container": container, "launcher": launcher,
+             "options": None if further is None else tuple(further)}
+    wanted = dataclasses.replace(slurm.Resources(**site.defaults("slurm", slurm.Resources)),
+                                 **{name: value for name, value in given.items() if value is not None})
+    wanted.check()
+    command = job_script.Command(tuple(words), wanted.tasks, _launcher(wanted.launcher), tuple(wanted.program()))
+    command.check()
+    folder = _folder(command.name, dry_run)
+    log = folder / ("log-%a.txt" if wanted.array else "log.txt")
+    script = job_script.text(command, folder, header=wanted.header(folder.name, str(log)), before=wanted.before(),
+                             stage=wanted.stage, requeue=wanted.requeue)
+    if dry_run:
+        console.result(script.rstrip("\n"))
+        return
+    _keep_script(folder, script)
+    try:
+        number = slurm.submit(script)
+    except BaseException:
+        _drop(folder)
+        raise
+    _started(jobs.keep(folder, "slurm", number, ["hpcai", *words]), json)
+
+
+@launch.command()
+def local(words: Words, np: options.Processes = None, launcher: Annotated[str, typer.Option(
+        help="auto, mpirun or horovodrun.")] = "auto", dry_run: DryRun = False, json: options.Json = False) -> None:
+    """Run a command in the background on this host; it goes on when the terminal is closed.
+
+    Examples:
+        $ hpcai launch local --np 2 -- train mnist --data data/mnist.h5
+
+    Next: hpcai launch logs JOB --follow
+    """
+    command = job_script.Command(tuple(words), np or 1, _launcher(launcher))
+    command.check()
+    folder = _folder(command.name, dry_run)
+    script = job_script.text(command, folder)
+    if dry_run:
+        console.result(script.rstrip("\n"))
+        return
+    _keep_script(folder, script)
+    number, began = jobs.start_here(folder)
+    _started(jobs.keep(folder, "local", number, ["hpcai", *words], began), json)
+
+
+@launch.command()
+def status(job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One of them; all by default.")] = None,
+           json: options.Json = False) -> None:
+    """Show what became of the jobs that were started from this folder.
+
+    Examples:
+        $ hpcai launch status
+        $ hpcai launch status train-mnist-1 --json
+    """
+    chosen = [Job.open(job)] if job else jobs.everything()
+    queued = slurm.states(each.number for each in chosen if each.kind == "slurm")
+    found = [{"job": each.folder.name, "kind": each.kind, "number": each.number,
+              "state": each.state(queued.get(each.number, "")), "said": _last_line(each), "command": each.command}
+             for each in chosen]
+    if json:
+        console.result_json({"schema": "hpcai.jobs/1", "command": "launch status", "jobs": found, "metrics": {}})
+        return
+    console.table("jobs", ("job", "kind", "number", "state", "last line"),
+                  [(each["job"], each["kind"], each["number"], each["state"], each["said"]) for each in found])
+
+
+@launch.command()
+def logs(job: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is "
+                                                         "over.")] = False) -> None:
+    """Print what a job has printed.
+
+    Examples:
+        $ hpcai launch logs train-mnist-1 --follow
+    """
+    opened = Job.open(job)
+    places: dict[Path, int] = {}
+    while True:
+        is_over = not follow or not _is_active(opened)
+        for path in opened.logs:
+            with path.open("rb") as stream:
+                stream.seek(places.get(path, 0))
+                content = stream.read()
+                places[path] = stream.tell()
+            if content:
+                console.result(content.decode(errors="replace"), end="")
+        if is_over:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+@launch.command()
+def cancel(job: Name) -> None:
+    """Ask a job to save itself and end; `hpcai train --resume RUN` goes on from there.
+
+    Examples:
+        $ hpcai launch cancel train-mnist-1
+    """
+    opened = Job.open(job)
+    opened.cancel()
+    console.result(f"{opened.folder.name} was asked to save itself and end")
+
+
+def _launcher(name: str) -> str:
+    if name not in launchers.NAMES:
+        raise UsageError("there is no such launcher", expected=f"one of {', '.join(launchers.NAMES)}", received=name)
+    return name
+
+
+def _folder(name: str, dry_run: bool) -> Path:
+    return (jobs.FOLDER / f"{name}-N" if dry_run else jobs.new_folder(name)).absolute()
+
+
+def _keep_script(folder: Path, script: str) -> None:
+    write_bytes(folder / "script.sh", script.encode())
+
+
+def _drop(folder: Path) -> None:
+    (folder / "script.sh").unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _started(job: Job, json: bool) -> None:
+    name = job.folder.name
+    if json:
+        console.result_json({"schema": "hpcai.launch/1", "command": f"launch {job.kind}", "job": name,
+                             "number": job.number, "folder": str(job.folder), "metrics": {}})
+    else:
+        console.result(f"{name} is {job.kind} job {job.number}\nnext: hpcai launch status, or hpcai launch logs {name}")
+
+
+def _is_active(job: Job) -> bool:
+    queued = slurm.states([job.number]).get(job.number, "") if job.kind == "slurm" else ""
+    return job.state(queued).startswith(jobs.ACTIVE)
+
+
+def _last_line(job: Job) -> str:
+    """Return what the job has said last, of the end of its newest log."""
+    newest = max(job.logs, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return ""
+    with newest.open("rb") as stream:
+        stream.seek(max(0, newest.stat().st_size - 4096))
+        lines = [line for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:80] if lines else ""

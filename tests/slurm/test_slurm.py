@@ -1,0 +1,143 @@
+"""Jobs of a real Slurm: by each launcher, saved before the limit and queued again, cancelled, as an array."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HPCAI = str(Path(sys.executable).parent / "hpcai")
+pytestmark = pytest.mark.cluster
+TRAIN = ("train", "./tiny.py", "--data", "tiny.h5")
+
+
+def submitted(slurm, *words: object) -> tuple[str, Path]:
+    """Hand a job in, and return its name and its run's folder."""
+    done = slurm.hpcai("launch", "slurm", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)["job"]
+    return job, slurm.work / "runs" / job
+
+
+def state(slurm, job: str) -> str:
+    done = slurm.hpcai("launch", "status", job, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["jobs"][0]["state"]
+
+
+def ended(slurm, job: str, seconds: float = 180) -> str:
+    """Return what became of a job."""
+    slurm.wait_for(lambda: not state(slurm, job).startswith(("pending", "running", "completing", "requeue")), job,
+                   seconds)
+    return state(slurm, job)
+
+
+def log(slurm, job: str) -> str:
+    return slurm.hpcai("launch", "logs", job).stdout
+
+
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    with np.load(newest / "arrays.npz") as found:
+        return {name: found[name] for name in found.files}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    first, second = arrays(one), arrays(other)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(value, second[name]) for name, value in first.items())
+
+
+# ---- It runs -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("launcher", ["auto", "srun", "mpirun", "horovodrun"])
+def test_two_tasks_train_one_model(slurm, launcher):
+    job, run = submitted(slurm, "--tasks-per-node", 2, "--launcher", launcher, "--", *TRAIN)
+    assert ended(slurm, job) == "done", log(slurm, job)
+    assert json.loads((run / "manifest.json").read_text())["world_size"] == 2
+    alone = slurm.hpcai(*TRAIN, "--np", 2, "--output", f"here-{launcher}")
+    assert alone.returncode == 0, alone.stderr
+    assert_same_bits(run, slurm.work / f"here-{launcher}")
+
+
+def test_srun_itself_starts_ranks_that_find_each_other(slurm):
+    """What somebody types who has read Slurm's manual and not ours."""
+    done = slurm.run("srun", "--mpi=pmix", "--ntasks", 2, HPCAI, *TRAIN, "--output", "by-srun", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+
+
+def test_srun_without_pmix_is_refused(slurm):
+    done = slurm.run("srun", "--mpi=none", "--ntasks", 2, HPCAI, *TRAIN, "--output", "apart")
+    assert done.returncode == 4, done.stderr
+    assert "srun started 2 processes, but Horovod sees 1" in done.stderr
+    assert not list((slurm.work / "apart").glob("checkpoints/*"))
+
+
+def test_the_data_are_staged_and_the_run_names_the_original(slurm):
+    stage = slurm.folder / "disk"
+    job, run = submitted(slurm, "--stage", stage, "--", *TRAIN)
+    assert ended(slurm, job) == "done", log(slurm, job)
+    assert str(stage) in log(slurm, job), "it trained on the copy"
+    assert json.loads((run / "manifest.json").read_text())["data"] == str(slurm.work / "tiny.h5")
+    assert not list(stage.iterdir()), "and the copy is gone"
+
+
+def test_an_array_has_a_run_for_each_task(slurm):
+    job, run = submitted(slurm, "--array", "1-2", "--", *TRAIN, "--seed", "{task}")
+    assert ended(slurm, job) == "done", log(slurm, job)
+    seeds = [json.loads((run.with_name(f"{job}-{task}") / "recipe.json").read_text())["seed"] for task in (1, 2)]
+    assert seeds == [1, 2]
+
+
+# ---- It ends -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("tasks", "launcher"), [(1, "auto"), (2, "srun"), (2, "horovodrun")])
+def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, tasks, launcher):
+    """Slurm sends the signal up to a minute too early, so that the job is stopped after 10 to 70 seconds."""
+    words = ("--tasks-per-node", tasks, "--launcher", launcher)
+    job, run = submitted(slurm, *words, "--time", 2, "--signal-before", 50, "--", *TRAIN, "--epochs", 2500)
+    slurm.wait_for(lambda: run.joinpath("events.jsonl").exists()
+                   and '"stopped"' in run.joinpath("events.jsonl").read_text(), "the signal", 240)
+    assert ended(slurm, job, 600) == "done", log(slurm, job)
+    assert "saved before the limit; queued again to go on" in log(slurm, job)
+    done = slurm.hpcai(*TRAIN, "--epochs", 2500, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(run, slurm.work / f"whole-{tasks}-{launcher}")
+
+
+@pytest.mark.parametrize(("tasks", "launcher"), [(1, "auto"), (2, "srun"), (2, "mpirun"), (2, "horovodrun")])
+def test_a_job_that_is_cancelled_saves_itself(slurm, tasks, launcher):
+    job, run = submitted(slurm, "--tasks-per-node", tasks, "--launcher", launcher, "--", *TRAIN, "--epochs", 100_000)
+    events = run / "events.jsonl"
+    slurm.wait_for(lambda: events.exists() and events.read_text().count('"epoch"') > 2, "an epoch", 90)
+    assert state(slurm, job) == "running"
+    done = slurm.hpcai("launch", "cancel", job)
+    assert done.returncode == 0, done.stderr
+    assert ended(slurm, job) == "stopped, resumable", log(slurm, job)
+    assert json.loads(events.read_text().splitlines()[-1])["event"] == "stopped"
+
+
+def test_a_job_that_waits_is_cancelled(slurm):
+    job, run = submitted(slurm, "--option=--begin=now+1hour", "--", *TRAIN)
+    assert state(slurm, job).startswith("pending")
+    assert slurm.hpcai("launch", "cancel", job).returncode == 0
+    assert ended(slurm, job) == "cancelled" and not run.exists()
+
+
+def test_a_failing_job_tells_its_exit_code(slurm):
+    job, run = submitted(slurm, "--tasks-per-node", 2, "--", *TRAIN, "--set", "break_rank=1")
+    assert ended(slurm, job) == "failed with exit code 2", log(slurm, job)
+    assert "[rank 1] error: " in log(slurm, job) and json.loads((run / "failure.json").read_text())["rank"] == 1
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--partition", "none"], "invalid partition"), (["--nodes", 99], "Node count"),
+    (["--option=--no-such"], "unrecognized option")])
+def test_what_slurm_refuses_leaves_nothing(slurm, words, message):
+    before = sorted(slurm.work.glob("jobs/*"))
+    done = slurm.hpcai("launch", "slurm", *words, "--", *TRAIN)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: Slurm does not take the job") and message in done.stderr
+    assert sorted(slurm.work.glob("jobs/*")) == before
