@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hpcai_cli import console, job_script, jobs, launchers, options, site, slurm
+from hpcai_cli import console, job_script, jobs, kubernetes, launchers, options, site, slurm
 from hpcai_cli.errors import UsageError
 from hpcai_cli.jobs import Job
 from hpcai_cli.run import write_bytes
@@ -68,9 +68,7 @@ def slurm_(
              "signal_before": signal_before, "requeue": requeue, "stage": stage,
              "modules": None if modules is None else tuple(modules), "container": container, "launcher": launcher,
              "options": None if further is None else tuple(further)}
-    wanted = dataclasses.replace(slurm.Resources(**site.defaults("slurm", slurm.Resources)),
-                                 **{name: value for name, value in given.items() if value is not None})
-    wanted.check()
+    wanted = _wanted(slurm.Resources, "slurm", given)
     command = job_script.Command(tuple(words), wanted.tasks, _launcher(wanted.launcher), tuple(wanted.program()))
     command.check()
     folder = _folder(command.name, dry_run)
@@ -87,6 +85,53 @@ def slurm_(
         _drop(folder)
         raise
     _started(jobs.keep(folder, "slurm", number, ["hpcai", *words]), json)
+
+
+@launch.command(name="kubernetes")
+def kubernetes_(
+    words: Words,
+    image: Annotated[str | None, typer.Option(metavar="NAME", help="Image with hpcai, Horovod built with Open MPI, and "
+                                              "sshd.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=100_000, help="Pods that train.")] = None,
+    slots_per_worker: Annotated[int | None, typer.Option(min=1, max=1000, help="Ranks of each.")] = None,
+    cpus: Annotated[str | None, typer.Option(metavar="QUANTITY", help="Of each worker, as 8 or 500m.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="QUANTITY", help="Of each worker, as 32Gi.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=64, help="Of each worker.")] = None,
+    claim: Annotated[str | None, typer.Option(metavar="NAME", help="Volume claim with the data, which all pods mount "
+                                              "at /work; a new one by default.")] = None,
+    storage: Annotated[str | None, typer.Option(metavar="QUANTITY", help="Of a new claim, as 100Gi.")] = None,
+    storage_class: Annotated[str | None, typer.Option(metavar="NAME", help="Of a new claim.")] = None,
+    namespace: Annotated[str | None, typer.Option(metavar="NAME", help="Where the job lives.")] = None,
+    limit_seconds: Annotated[int | None, typer.Option(min=0, help="After which the job is ended; 0 for never.")] = None,
+    restarts: Annotated[int | None, typer.Option(min=0, max=1000, help="How often a job that failed or was evicted is "
+                                                 "started again, to go on.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the job; by default by the command.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Where the manifest goes; stdout by "
+                                                "default.")] = None,
+) -> None:
+    """Write a job of Kubernetes: an MPIJob of Kubeflow's MPI operator, with its script and its volume claim.
+
+    A job that is started again goes on from its last checkpoint. What is not given here is taken from section
+    [kubernetes] of the site's defaults.
+
+    Examples:
+        $ hpcai launch kubernetes --image hpcai:1 --workers 4 --gpus 1 --claim datasets -- train mnist --epochs 20
+        $ hpcai launch kubernetes --image hpcai:1 --output job.yaml -- train ./mine.py --data mine.h5
+
+    Next: kubectl apply -f FILE.yaml
+    """
+    given = {"image": image, "workers": workers, "slots_per_worker": slots_per_worker, "cpus": cpus, "memory": memory,
+             "gpus": gpus, "claim": claim, "storage": storage, "storage_class": storage_class, "namespace": namespace,
+             "limit_seconds": limit_seconds, "restarts": restarts}
+    wanted = _wanted(kubernetes.Resources, "kubernetes", given)
+    command = job_script.Command(tuple(words), wanted.tasks)
+    command.check()
+    text = kubernetes.manifest(command, wanted, name or kubernetes.name_of(command))
+    if output is None:
+        console.result(text, end="")
+        return
+    write_bytes(output, text.encode())
+    console.result(f"next: kubectl apply -f {output}")
 
 
 @launch.command()
@@ -166,6 +211,14 @@ def cancel(job: Name) -> None:
     opened = Job.open(job)
     opened.cancel()
     console.result(f"{opened.folder.name} was asked to save itself and end")
+
+
+def _wanted(kind: type, section: str, given: dict):
+    """Return what the user and the site want of a scheduler, checked."""
+    wanted = dataclasses.replace(kind(**site.defaults(section, kind)),
+                                 **{name: value for name, value in given.items() if value is not None})
+    wanted.check()
+    return wanted
 
 
 def _launcher(name: str) -> str:

@@ -65,18 +65,20 @@ class Command:
         return tuple(kept)
 
 
-def text(command: Command, folder: Path, *, header: Sequence[str] = (), before: Sequence[str] = (), stage: str = "",
-         requeue: bool = False) -> str:
+def text(command: Command, folder: Path, *, here: Path | None = None, hpcai: str | None = None,
+         header: Sequence[str] = (), before: Sequence[str] = (), stage: str = "", requeue: bool = False) -> str:
     """Return the script.
 
     Args:
         folder: the job's own; the script leaves the exit code there, in `ended`.
+        here: where the command runs; by default in this folder.
+        hpcai: the program; by default this one.
         header: lines right behind the first one.
         before: lines of shell that come before the command.
         stage: a folder on each node's disk, to which the dataset file goes first.
         requeue: whether a job that was asked to stop before its limit is queued again.
     """
-    here = Path.cwd()
+    here = here or Path.cwd()
     lines = ["#!/bin/bash", *header, f"# Written by `hpcai launch`: hpcai {shlex.join(command.words)}", "set -u",
              f"cd {shlex.quote(str(here))} || exit 4", f"folder={shlex.quote(str(folder))}",
              'task="${SLURM_ARRAY_TASK_ID:-}"', 'ended="$folder/ended${task:+-$task}"', 'rm -f "$ended"', *before]
@@ -88,7 +90,7 @@ def text(command: Command, folder: Path, *, header: Sequence[str] = (), before: 
     if stage and data:
         words = tuple(word for word in Command(words).without("--data"))
         lines += _staging(stage, data)
-    program = [*command.program, "hpcai" if command.program else str(beside("hpcai"))]
+    program = [*command.program, hpcai or ("hpcai" if command.program else str(beside("hpcai")))]
     lines.append(f"command=({' '.join(_quoted(word) for word in (*program, *words))})")
     if stage and data:
         lines += [f"export {STAGED_VARIABLE}={shlex.quote(str(Path(data).absolute()))}",

@@ -132,6 +132,11 @@ def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
     place = launch.place()
     if place.size == 1:
         return Serial()
+    if place.launcher == "srun" and not any(name.startswith(("PMIX_", "PMI_")) for name in os.environ):
+        # MPI would end the process, with words that nobody sees.
+        raise MissingError(f"srun started {place.size} processes without a means to find each other",
+                           expected="PMIx, through which Open MPI does", mend="start them by `srun --mpi=pmix`",
+                           received=os.environ.get("SLURM_MPI_TYPE", "none"))
     try:
         ranks = Horovod(groups)
     except (ImportError, AttributeError, OSError) as error:

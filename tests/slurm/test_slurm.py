@@ -71,7 +71,8 @@ def test_srun_itself_starts_ranks_that_find_each_other(slurm):
 def test_srun_without_pmix_is_refused(slurm):
     done = slurm.run("srun", "--mpi=none", "--ntasks", 2, HPCAI, *TRAIN, "--output", "apart")
     assert done.returncode == 4, done.stderr
-    assert "srun started 2 processes, but Horovod sees 1" in done.stderr
+    assert "srun started 2 processes without a means to find each other" in done.stderr
+    assert "start them by `srun --mpi=pmix`" in done.stderr
     assert not list((slurm.work / "apart").glob("checkpoints/*"))
 
 
