@@ -1,5 +1,6 @@
 """hpcai benchmark all, report, list: one benchmark after the other, and what is kept of them."""
 
+import signal
 import subprocess
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,7 @@ def everything(
         given = {"--data": data if name in TAKE_DATA else None, "--output": folder / name, "--check": check,
                  "--photographs": photographs if name in TAKE_PHOTOGRAPHS else None}
         words = [str(launch.beside("hpcai")), "benchmark", name, *options.words(given)]
-        codes[name] = subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode
+        codes[name] = _run(words)
         if codes[name] < 0 or codes[name] == 130:
             raise KeyboardInterrupt
         if any(folder.glob(f"*/{results.FILE}")):
@@ -60,6 +61,21 @@ def everything(
         raise HpcaiError(f"{', '.join(failed)} failed", mend=f"run `hpcai benchmark {failed[0]}`")
     if any(codes.values()):
         raise GateError(f"a figure misses its limit in {', '.join(name for name, code in codes.items() if code)}")
+
+
+def _run(words: list[str]) -> int:
+    """Run a benchmark and return its exit code; SIGTERM is passed on, and a Ctrl-C has reached it too.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after the benchmark has kept what it had measured.
+    """
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        return process.wait()
+    finally:
+        process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _possible(names: list[str] | None, photographs: Path | None) -> list[str]:

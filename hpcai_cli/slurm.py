@@ -104,7 +104,8 @@ def submit(script: str) -> str:
     number = done.stdout.strip().split(";")[0]
     if done.returncode != 0 or not number.isdecimal():
         words = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["nothing"]
-        raise UsageError("Slurm does not take the job", mend="look at it with --dry-run", received=words[-1])
+        # The first line says what is wrong, the next ones that it was not submitted and where help is.
+        raise UsageError("Slurm does not take the job", mend="look at it with --dry-run", received=words[0])
     return number
 
 

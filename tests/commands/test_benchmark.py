@@ -134,18 +134,22 @@ def test_a_result_that_cannot_be_read_is_said(hpcai, quick, damage):
     assert "0 results" in hpcai("benchmark", "list", ".").stdout
 
 
-def test_what_was_measured_before_ctrl_c_is_kept(digits):
-    process = subprocess.Popen([measure.PROGRAM, "benchmark", "input", "--data", digits, "--output", "kept"],
+@pytest.mark.parametrize(("words", "send"), [
+    (["input"], lambda process: os.killpg(process.pid, signal.SIGINT)),
+    (["input"], lambda process: process.send_signal(signal.SIGTERM)),
+    (["all", "input"], lambda process: process.send_signal(signal.SIGTERM))], ids=["ctrl-c", "sigterm", "all"])
+def test_what_was_measured_before_the_end_is_kept(digits, words, send):
+    process = subprocess.Popen([measure.PROGRAM, "benchmark", *words, "--data", digits, "--output", "kept"],
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for line in process.stderr:
         if "mnist: shuffled batches" in line:
-            os.killpg(process.pid, signal.SIGINT)
+            send(process)
             break
     said = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=60) == 130 and "is kept in kept" in said
-    document = json.loads(Path("kept/result.json").read_text())
+    document = json.loads(next(Path("kept").rglob("result.json")).read_text())
     assert document["complete"] is False and len(document["figures"]) >= 1 and document["after"]
 
 

@@ -110,6 +110,15 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(slurm) -> Iterator[None]:
+    """End what a test has left behind: the next one's jobs would wait for it."""
+    yield
+    slurm.run("scancel", "--full", "--signal=KILL", "--user=root")
+    slurm.run("scancel", "--user=root")
+    slurm.wait_for(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "an empty queue")
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory, tiny_recipe) -> Iterator[Slurm]:
     """A Slurm, and a folder with a recipe and its data file."""

@@ -94,16 +94,18 @@ def test_an_array_has_a_run_for_each_task(slurm):
 
 # ---- It ends -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("tasks", "launcher"), [(1, "auto"), (2, "srun"), (2, "horovodrun")])
-def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, tasks, launcher):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("tasks", "launcher", "epochs"), [(1, "auto", 4000), (2, "srun", 2000),
+                                                           (2, "horovodrun", 2000)])
+def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, tasks, launcher, epochs):
     """Slurm sends the signal up to a minute too early, so that the job is stopped after 10 to 70 seconds."""
     words = ("--tasks-per-node", tasks, "--launcher", launcher)
-    job, run = submitted(slurm, *words, "--time", 2, "--signal-before", 50, "--", *TRAIN, "--epochs", 2500)
+    job, run = submitted(slurm, *words, "--time", 2, "--signal-before", 50, "--", *TRAIN, "--epochs", epochs)
     slurm.wait_for(lambda: run.joinpath("events.jsonl").exists()
                    and '"stopped"' in run.joinpath("events.jsonl").read_text(), "the signal", 240)
     assert ended(slurm, job, 600) == "done", log(slurm, job)
     assert "saved before the limit; queued again to go on" in log(slurm, job)
-    done = slurm.hpcai(*TRAIN, "--epochs", 2500, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
+    done = slurm.hpcai(*TRAIN, "--epochs", epochs, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
     assert done.returncode == 0, done.stderr
     assert_same_bits(run, slurm.work / f"whole-{tasks}-{launcher}")
 
@@ -134,7 +136,7 @@ def test_a_failing_job_tells_its_exit_code(slurm):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--partition", "none"], "invalid partition"), (["--nodes", 99], "Node count"),
+    (["--partition", "none"], "nvalid partition"), (["--nodes", 99], "Node count"),
     (["--option=--no-such"], "unrecognized option")])
 def test_what_slurm_refuses_leaves_nothing(slurm, words, message):
     before = sorted(slurm.work.glob("jobs/*"))

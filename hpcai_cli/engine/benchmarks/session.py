@@ -9,6 +9,7 @@ from hpcai_cli.engine import energy
 from hpcai_cli.engine.benchmarks import comparison, results, surroundings
 from hpcai_cli.engine.energy import Meter
 from hpcai_cli.errors import GateError
+from hpcai_cli.signals import sigterm_interrupts
 
 IN_RANKS = {"train", "scaling", "allreduce", "matmul"}
 """What all ranks measure together; under a launcher rank 0 measures the others alone."""
@@ -46,9 +47,11 @@ def run(name: str, measured: Callable[[], Iterable | InRanks], common: Common, a
     kept = results.Results(folder, name, surroundings.Watch(), meter)
     complete = False
     try:
-        for each in found:
-            kept.add(each)
-            _tell(each)
+        # SIGTERM too, by which a batch system ends a job: what was started would outlive us.
+        with sigterm_interrupts():
+            for each in found:
+                kept.add(each)
+                _tell(each)
         complete = True
     finally:
         # What was measured before an error or Ctrl-C is kept.
