@@ -95,17 +95,18 @@ def test_an_array_has_a_run_for_each_task(slurm):
 # ---- It ends -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("tasks", "launcher", "epochs"), [(1, "auto", 4000), (2, "srun", 2000),
-                                                           (2, "horovodrun", 2000)])
+@pytest.mark.parametrize(("tasks", "launcher", "epochs"), [(1, "auto", 1200), (2, "srun", 700),
+                                                           (2, "horovodrun", 700)])
 def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, tasks, launcher, epochs):
-    """Slurm sends the signal up to a minute too early, so that the job is stopped after 10 to 70 seconds."""
+    """Slurm sends the signal up to a minute too early: the job is stopped within 35 seconds, once or several times."""
     words = ("--tasks-per-node", tasks, "--launcher", launcher)
-    job, run = submitted(slurm, *words, "--time", 2, "--signal-before", 50, "--", *TRAIN, "--epochs", epochs)
+    training = (*TRAIN, "--batch-size", 1, "--epochs", epochs)
+    job, run = submitted(slurm, *words, "--time", 1, "--signal-before", 25, "--", *training)
     slurm.wait_for(lambda: run.joinpath("events.jsonl").exists()
                    and '"stopped"' in run.joinpath("events.jsonl").read_text(), "the signal", 240)
     assert ended(slurm, job, 600) == "done", log(slurm, job)
     assert "saved before the limit; queued again to go on" in log(slurm, job)
-    done = slurm.hpcai(*TRAIN, "--epochs", epochs, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
+    done = slurm.hpcai(*training, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
     assert done.returncode == 0, done.stderr
     assert_same_bits(run, slurm.work / f"whole-{tasks}-{launcher}")
 
