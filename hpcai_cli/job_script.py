@@ -134,7 +134,7 @@ code=$?'''
 _REQUEUE = '''\
 # 75 is saved; 130 and 138 are asked before there was anything to save.
 if [ "$asked" = limit ] && [[ "$code" =~ ^(75|130|138)$ ]]; then
-    echo "saved before the limit; queued again to go on" >&2
+    echo "stopped before the limit; queued again to go on" >&2
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+_$task}" && exit 75
 fi'''
 _END = '''\

@@ -105,7 +105,7 @@ def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, 
     slurm.wait_for(lambda: run.joinpath("events.jsonl").exists()
                    and '"stopped"' in run.joinpath("events.jsonl").read_text(), "the signal", 240)
     assert ended(slurm, job, 600) == "done", log(slurm, job)
-    assert "saved before the limit; queued again to go on" in log(slurm, job)
+    assert "stopped before the limit; queued again to go on" in log(slurm, job)
     done = slurm.hpcai(*training, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
     assert done.returncode == 0, done.stderr
     assert_same_bits(run, slurm.work / f"whole-{tasks}-{launcher}")
