@@ -118,7 +118,9 @@ def kubernetes_(
         $ hpcai launch kubernetes --image hpcai:1 --workers 4 --gpus 1 --claim datasets -- train mnist --epochs 20
         $ hpcai launch kubernetes --image hpcai:1 --output job.yaml -- train ./mine.py --data mine.h5
 
-    Next: kubectl apply -f FILE.yaml
+    Then: kubectl apply -f FILE.yaml
+
+    Next: hpcai evaluate RUN
     """
     given = {"image": image, "workers": workers, "slots_per_worker": slots_per_worker, "cpus": cpus, "memory": memory,
              "gpus": gpus, "claim": claim, "storage": storage, "storage_class": storage_class, "namespace": namespace,

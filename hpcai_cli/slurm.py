@@ -135,11 +135,11 @@ def cancel(number: str) -> None:
     Raises:
         HpcaiError: Slurm does not.
     """
-    # The script too, which tells the ranks; without --full it would hear nothing.
-    done = _run(["scancel", "--full", "--signal=TERM", number])
+    # What waits takes no signal: scancel would try for more than a minute.
+    done = _run(["scancel", "--state=PENDING", number])
     if done.returncode == 0:
-        # What waits is not running yet, and takes no signal.
-        done = _run(["scancel", "--state=PENDING", number])
+        # The script too, which tells the ranks; without --full it would hear nothing.
+        done = _run(["scancel", "--state=RUNNING", "--full", "--signal=TERM", number])
     if done.returncode != 0:
         raise HpcaiError("Slurm does not cancel the job", received=done.stderr.strip() or done.returncode)
 

@@ -219,15 +219,16 @@ sys.exit("nothing was found")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("launcher", [
-    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
-    {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}])
-def test_one_of_two_that_finds_itself_alone_refuses_to_train(folder, monkeypatch, launcher):
+@pytest.mark.parametrize(("launcher", "mend"), [
+    ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "--build-horovod"),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "--build-horovod"), ({"PMIX_RANK": "0"}, "--build-horovod"),
+    ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}, "srun --mpi=pmix")])
+def test_one_of_two_that_finds_itself_alone_refuses_to_train(folder, monkeypatch, launcher, mend):
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     done = run(HPCAI, "train", "./tiny.py", "--output", "alone")
-    assert done.returncode == 4
-    assert "--build-horovod" in done.stderr
+    assert done.returncode == 4, done.stderr
+    assert mend in done.stderr
     assert not (folder / "alone").exists()
 
 

@@ -130,6 +130,12 @@ def test_a_job_that_waits_is_cancelled(slurm):
     assert ended(slurm, job) == "cancelled" and not run.exists()
 
 
+def test_a_job_that_can_never_start_says_why(slurm):
+    job, _ = submitted(slurm, "--nodes", 99, "--", *TRAIN)
+    slurm.wait_for(lambda: state(slurm, job).startswith("pending ("), "the reason")
+    assert slurm.hpcai("launch", "cancel", job).returncode == 0
+
+
 def test_a_failing_job_tells_its_exit_code(slurm):
     job, run = submitted(slurm, "--tasks-per-node", 2, "--", *TRAIN, "--set", "break_rank=1")
     assert ended(slurm, job) == "failed with exit code 2", log(slurm, job)
@@ -137,8 +143,7 @@ def test_a_failing_job_tells_its_exit_code(slurm):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--partition", "none"], "nvalid partition"), (["--nodes", 99], "Node count"),
-    (["--option=--no-such"], "unrecognized option")])
+    (["--partition", "none"], "nvalid partition"), (["--option=--no-such"], "unrecognized option")])
 def test_what_slurm_refuses_leaves_nothing(slurm, words, message):
     before = sorted(slurm.work.glob("jobs/*"))
     done = slurm.hpcai("launch", "slurm", *words, "--", *TRAIN)
