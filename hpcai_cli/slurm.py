@@ -135,13 +135,18 @@ def cancel(number: str) -> None:
     Raises:
         HpcaiError: Slurm does not.
     """
-    # What waits takes no signal: scancel would try for more than a minute.
-    done = _run(["scancel", "--state=PENDING", number])
-    if done.returncode == 0:
+    found = states([number]).get(number, "").split(", ")
+    orders = []
+    if any(not state.startswith("pending") for state in found):
         # The script too, which tells the ranks; without --full it would hear nothing.
-        done = _run(["scancel", "--state=RUNNING", "--full", "--signal=TERM", number])
-    if done.returncode != 0:
-        raise HpcaiError("Slurm does not cancel the job", received=done.stderr.strip() or done.returncode)
+        orders.append(["scancel", "--state=RUNNING", "--full", "--signal=TERM", number])
+    if any(state.startswith("pending") for state in found):
+        # What waits takes no signal: scancel would try for more than a minute.
+        orders.append(["scancel", "--state=PENDING", number])
+    for order in orders:
+        done = _run(order)
+        if done.returncode != 0:
+            raise HpcaiError("Slurm does not cancel the job", received=done.stderr.strip() or done.returncode)
 
 
 def _run(words: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess:
