@@ -18,11 +18,11 @@ test-long: .venv/test horovod  ## the tests that train again and again, some min
 	$(BIN)/python -m pytest -m long
 
 test-hosts: .venv/test horovod  ## training over two hosts, network namespaces of this machine: needs root, and gets ssh
-	command -v sshd ip > /dev/null || apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2
+	{ command -v sshd && command -v ip; } > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2; }
 	$(BIN)/python -m pytest tests/two_hosts
 
 test-slurm: .venv/test horovod  ## jobs of a real Slurm of one node, some of which wait for their limit: needs root, and gets Slurm
-	command -v slurmctld munged > /dev/null || apt-get install -y -qq --no-install-recommends slurm-wlm munge
+	{ command -v slurmctld && command -v munged; } > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m pytest tests/slurm
 
 install: .venv/ready  ## a virtual environment in .venv with hpcai in it, editable

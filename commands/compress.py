@@ -67,7 +67,8 @@ def compress(
                  "--aware": aware, "--max-drop": max_drop, "--target": target, "--epochs": epochs,
                  "--learning-rate": learning_rate, "--temperature": temperature, "--alpha": alpha, "--force": force,
                  "--trust-model": trust_model, "--json": json}
-        rank_processes.run_command(ranks, ["compress", str(run), *options.words(given)], [run])
+        rank_processes.run_command(ranks, ["compress", str(run), *options.words(given)],
+                                   list(filter(None, (run, data))))
         return
     entry = catalog.find(opened.recipe_reference())
     student, chosen = _student(distil, entry, opened.recipe())

@@ -57,7 +57,8 @@ def evaluate(
     if ranks := where.ranks(np):
         given = {"--split": split, "--data": data, "--compare": compare, "--by": by, "--robustness": robustness,
                  "--require": require, "--like": like, "--output": output, "--trust-model": trust_model, "--json": json}
-        rank_processes.run_command(ranks, ["evaluate", str(model), *options.words(given)], [model])
+        rank_processes.run_command(ranks, ["evaluate", str(model), *options.words(given)],
+                                   list(filter(None, (model, data, compare, like))))
         return
     with console.quiet():
         from hpcai_cli.engine.reports import judging

@@ -1,5 +1,6 @@
 """The options that all benchmarks have, and how a command gets them beside its own."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,17 +47,17 @@ def with_common(function: Callable[..., Iterable | InRanks], run: Callable) -> C
             processes.
     """
     function = options.flattened(function)
+    parameters = list(inspect.signature(function).parameters.values())
 
-    def command(**given) -> None:
-        common = Common(**{name: given.pop(name) for name in Common.__dataclass_fields__})
-        again = ["benchmark", function.__name__, *_words(parameters, given | vars(common))]
+    @functools.wraps(function)
+    def command(*, common: Common, **given) -> None:
+        again = ["benchmark", function.__name__, *_words(flat.__signature__.parameters.values(), given | vars(common))]
         run(function.__name__, lambda: function(**given), common, again)
 
-    parameters = [*inspect.signature(function).parameters.values(), *inspect.signature(Common).parameters.values()]
-    command.__name__, command.__doc__, command.__wrapped__ = function.__name__, function.__doc__, function
-    command.__signature__ = inspect.Signature([each.replace(kind=each.KEYWORD_ONLY) for each in parameters])
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return command
+    command.__signature__ = inspect.Signature(
+        [*parameters, inspect.Parameter("common", inspect.Parameter.KEYWORD_ONLY, annotation=Common)])
+    flat = options.flattened(command)
+    return flat
 
 
 def _words(parameters: Iterable[inspect.Parameter], given: Mapping[str, object]) -> list[str]:

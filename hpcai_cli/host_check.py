@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpcai_cli import __version__, console, launch
@@ -31,7 +31,7 @@ _REASONS = (
 )
 
 
-def check(ranks: Ranks, files: Iterable[Path] = ()) -> None:
+def check(ranks: Ranks, files: Sequence[Path] = ()) -> None:
     """Ask each other host for this folder, the files, this very program and the network interface.
 
     Raises:
@@ -57,7 +57,7 @@ def check(ranks: Ranks, files: Iterable[Path] = ()) -> None:
                                     "environment at the same paths")
 
 
-def _question(files: Iterable[Path], interface: str) -> str:
+def _question(files: Sequence[Path], interface: str) -> str:
     """Return what a shell on the other host is to do."""
     program = shlex.quote(str(launch.beside("hpcai")))
     words = [f"cd {shlex.quote(os.getcwd())} 2>/dev/null || exit {_NO_FOLDER}"]
@@ -68,7 +68,7 @@ def _question(files: Iterable[Path], interface: str) -> str:
     return "; ".join([*words, f"{program} --version"])
 
 
-def _asked(others: Sequence[str], question: str, files: Iterable[Path]) -> list[str]:
+def _asked(others: Sequence[str], question: str, files: Sequence[Path]) -> list[str]:
     """Return what is wrong with each host, empty where nothing is."""
     deadline = time.monotonic() + START_SECONDS
     with tempfile.TemporaryDirectory(prefix="hpcai-") as folder:
@@ -88,7 +88,7 @@ def _asked(others: Sequence[str], question: str, files: Iterable[Path]) -> list[
                 said.close()
 
 
-def _problem(host: str, process: subprocess.Popen, said, deadline: float, files: Iterable[Path]) -> str:
+def _problem(host: str, process: subprocess.Popen, said, deadline: float, files: Sequence[Path]) -> str:
     try:
         code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

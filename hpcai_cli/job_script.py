@@ -88,7 +88,7 @@ def text(command: Command, folder: Path, *, here: Path | None = None, hpcai: str
         usual = Path("data") / f"{Path(words[1]).stem}.h5"
         data = str(usual) if usual.is_file() else None
     if stage and data:
-        words = tuple(word for word in Command(words).without("--data"))
+        words = Command(words).without("--data")
         lines += _staging(stage, data)
     program = [*command.program, hpcai or ("hpcai" if command.program else str(beside("hpcai")))]
     lines.append(f"command=({' '.join(_quoted(word) for word in (*program, *words))})")

@@ -80,7 +80,8 @@ def without_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     Outside of one, what the user has set for MPI or Horovod stays, but nothing of a Slurm allocation, in which mpirun
     would start processes on other hosts.
     """
-    foreign = ("SLURM_",)
+    # What such a program starts has no rank to announce either.
+    foreign = ("SLURM_", STARTED_VARIABLE)
     if place(environ).launcher:
         foreign += ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "MPI_LOCAL", "MV2_COMM_")
     return {name: value for name, value in environ.items() if not name.startswith(foreign)}

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,7 +193,7 @@ def _launcher(asked: str, count: int, allotment: tuple[Host, ...]) -> str:
     return asked
 
 
-def _srun_speaks_pmix(environ: Mapping[str, str] = os.environ) -> bool:
+def _srun_speaks_pmix() -> bool:
     if not shutil.which("srun"):
         return False
     try:

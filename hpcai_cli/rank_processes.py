@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Outcome:
         return "the launcher" if self.rank is None else f"rank {self.rank}"
 
 
-def run_command(ranks: Ranks, arguments: Sequence[str], files: Iterable[Path] = ()) -> None:
+def run_command(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()) -> None:
     """Run a command of hpcai in so many processes, and end as it does where that is not with 0.
 
     Args:
@@ -57,7 +57,7 @@ def run_command(ranks: Ranks, arguments: Sequence[str], files: Iterable[Path] = 
         raise typer.Exit(outcome.exit_code)
 
 
-def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Iterable[Path] = ()) -> Outcome:
+def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()) -> Outcome:
     """Run `hpcai ARGUMENTS` in several processes, as if it were one program.
 
     Rank 0's stdout becomes ours, the ranks' stderr becomes ours, and signals reach every rank.

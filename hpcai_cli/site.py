@@ -30,7 +30,7 @@ def defaults(section: str, kind: type, environ: Mapping[str, str] = os.environ) 
         found = parse_toml(path.read_text()).get(section, {})
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the site's defaults in {path}: {error}", expected="a TOML file") from None
-    known = {field.name: type(field.default) if field.default is not None else str for field in fields(kind)}
+    known = {field.name: type(field.default) for field in fields(kind)}
     if not isinstance(found, dict):
         raise DataError(f"{section} in {path} is no section", expected=f"[{section}]")
     for name, value in found.items():

@@ -4,7 +4,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from hpcai_cli.errors import HpcaiError, MissingError, UsageError
 from hpcai_cli.job_script import CONTAINER
@@ -88,9 +88,6 @@ class Resources:
     def tasks(self) -> int:
         """Ranks of the job."""
         return self.nodes * self.tasks_per_node
-
-
-NAMES = tuple(field.name for field in fields(Resources))
 
 
 def submit(script: str) -> str:

@@ -89,7 +89,8 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     policy, reason = ranks.broadcast_json(hardware.choose_precision(request.recipe.precision))
     hardware.set_precision(policy)
     request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, precision=policy))
-    facts = {"world_size": ranks.size, "threads_per_rank": threads, "precision": policy, "precision_reason": reason}
+    facts = {"world_size": ranks.size, "hosts": launch.place().hosts, "threads_per_rank": threads,
+             "precision": policy, "precision_reason": reason}
     folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "

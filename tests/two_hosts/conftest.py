@@ -16,6 +16,7 @@ HPCAI = str(Path(sys.executable).parent / "hpcai")
 NETWORK = "10.213.7"
 SSHD = "/usr/sbin/sshd"
 
+
 class Hosts:
     """Hosts `a` and `b`, which see the same folders and each other through one network interface each, `wire`."""
 
@@ -61,14 +62,14 @@ class Hosts:
         return {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
                 "HPCAI_CACHE": str(self.folder / "cache")}
 
-    def run(self, host: str, *words: object) -> subprocess.CompletedProcess:
+    def run(self, host: str, *words: object, timeout: float = 180) -> subprocess.CompletedProcess:
         """Run a command on a host to its end."""
-        return subprocess.run(self.command(host, *map(str, words)), capture_output=True, text=True, timeout=180,
+        return subprocess.run(self.command(host, *map(str, words)), capture_output=True, text=True, timeout=timeout,
                               cwd=self.folder, env=self.environment())
 
-    def hpcai(self, host: str, *words: object) -> subprocess.CompletedProcess:
+    def hpcai(self, host: str, *words: object, timeout: float = 180) -> subprocess.CompletedProcess:
         """Run hpcai on a host to its end."""
-        return self.run(host, HPCAI, *words)
+        return self.run(host, HPCAI, *words, timeout=timeout)
 
     @contextmanager
     def started(self, host: str, *words: object) -> Iterator[subprocess.Popen]:
@@ -108,6 +109,7 @@ class Hosts:
             _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
         host_key = " ".join((folder / "host_key.pub").read_text().split()[:2])
         (folder / "known_hosts").write_text(f"a,b,{NETWORK}.1,{NETWORK}.2 {host_key}\n")
+        (folder / "nobody_known").touch()
         shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
         (folder / "sshd_config").write_text(
             f"Port 22\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\nPidFile none\n"
