@@ -39,6 +39,8 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's event files too.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="FIRST-LAST", help="Trace these steps into RUN/profile, and "
                                                 "say where their time goes.")] = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Show instead, in a few steps, that these processes train as "
+                                        "one with batches as large as all of theirs.")] = False,
     energy: options.Energy = False,
     power_file: options.PowerFile = None,
     json: options.Json = False,
@@ -56,6 +58,7 @@ def train(
         $ hpcai train --resume runs/first
         $ hpcai train mnist --np 2 --profile 100-120
         $ hpcai train mnist --energy
+        $ hpcai train mnist --np 2 --prove
         $ hpcai train mnist --data data/mnist.h5 --hosts a:4,b:4
         $ horovodrun -np 2 hpcai train mnist --data data/mnist.h5
 
@@ -84,6 +87,9 @@ def train(
     functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
     request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
                           resume, tensorboard, steps, energy or power_file is not None, power_file)
+    if prove:
+        _prove(ranks, request, assignments, json)
+        return
     if ranks:
         _start_ranks(ranks, job.prepare(request, size=ranks.np), request, assignments, json)
         return
@@ -97,6 +103,33 @@ def train(
                   f"{result['world_size']}", ("metric", "value"), list(result["metrics"].items()))
     _show_measured(result)
     console.result(f"next: hpcai evaluate {result['run']}")
+
+
+def _prove(ranks: Ranks | None, request, assignments: dict[str, str], json: bool) -> None:
+    """Compare these processes with one, and print what came out."""
+    given = {"--output": request.output, "--resume": request.resume, "--tensorboard": request.tensorboard,
+             "--profile": request.profile, "--energy": request.energy}
+    if named := [option for option, value in given.items() if value]:
+        raise UsageError("--prove trains a few steps and keeps nothing of them", expected=f"no {named[0]} with it")
+    if ranks:
+        arguments = ["train", request.reference, "--prove", *options.words({"--data": request.data, "--json": json})]
+        for key, value in assignments.items():
+            arguments += ["--set", f"{key}={value}"]
+        rank_processes.run_command(ranks, arguments, [request.data] if request.data else [])
+        return
+    launch.announce()
+    with console.quiet():
+        from hpcai_cli.engine import proof
+    result = proof.prove_here(request)
+    if json:
+        console.result_json(result)
+        return
+    console.table(f"{result['recipe']}: {result['world_size']} processes with batches of {result['batch_size']}, and "
+                  "one with all", ("step", "loss", "of one"),
+                  [(number, *losses) for number, losses in enumerate(
+                      zip(result["losses"], result["losses_of_one"], strict=True), 1)])
+    console.result(f"the weights differ by {result['metrics']['largest_difference']:.1e} of what they have moved; "
+                   f"compared with {', '.join(result['changed'])}")
 
 
 def _show_measured(result: dict) -> None:

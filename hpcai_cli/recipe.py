@@ -111,6 +111,12 @@ class Recipe:
     """The validation figure that the best epoch is chosen by."""
     early_stopping_patience: int = _number(0, least=0)
     """Epochs without a better validation figure (best_by) after which training ends; 0 never ends it early."""
+    sync_batch_norm: bool = False
+    """Batch normalization over the examples of all processes, not of each its own; for small batches."""
+    gradient_compression: str = _choice("none", "none", "float16")
+    """How gradients travel between processes; float16 halves their bytes and rounds them."""
+    gradient_reduction: str = _choice("average", "average", "adasum")
+    """How the processes' gradients become one; adasum (arXiv 2006.02924) needs MPI and a power of two of processes."""
     precision: str = _choice("auto", "auto", "float32", "mixed_bfloat16", "mixed_float16")
     """Keras dtype policy; auto looks at the hardware and says why."""
     seed: int = _number(0, least=0, most=2**32 - 1)

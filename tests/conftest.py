@@ -84,3 +84,14 @@ def shared_data() -> Path:
 def tiny_recipe() -> str:
     """Return the text of a recipe with a sample of its own, whose training takes a second."""
     return TINY
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, monkeypatch, tiny_recipe) -> Path:
+    """Return a working folder with that recipe in it, and an environment in which Open MPI runs as root."""
+    (tmp_path / "tiny.py").write_text(tiny_recipe)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPCAI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    return tmp_path

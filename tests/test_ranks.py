@@ -20,15 +20,11 @@ HOROVODRUN = str(Path(sys.executable).parent / "horovodrun")
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch, tiny_recipe):
-    """A working folder with the recipe in it, and the environment that Open MPI needs to run as root."""
-    (tmp_path / "tiny.py").write_text(tiny_recipe)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HPCAI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    return tmp_path
+def folder(tiny_folder):
+    """A working folder with the tiny recipe in it."""
+    return tiny_folder
 
 
 def run(*command, timeout=120):

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hpcai_cli import errors, launch
-from hpcai_cli.errors import DivergedError, HpcaiError, MissingError
+from hpcai_cli.errors import DivergedError, HpcaiError, MissingError, UsageError
 
 
 class Serial:
@@ -18,7 +18,7 @@ class Serial:
     rank, size, local_rank, local_size = 0, 1, 0, 1
     operations = None
 
-    def reduce(self, gradients, averages, sums):
+    def reduce(self, gradients, averages, sums, *, half: bool = False, adasum: bool = False):
         """Return the mean over the ranks of the gradients and of `averages`, and the sum of the vector `sums`."""
         return gradients, averages, sums
 
@@ -35,6 +35,9 @@ class Serial:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+
+    def require_adasum(self) -> None:
+        """Check that Adasum can combine the gradients: there is one."""
 
     def stop(self) -> None:
         """End the communication."""
@@ -75,21 +78,86 @@ class Horovod:
             return self._hvd.global_process_set
         return self._process_sets[tuple(members)]
 
-    def reduce(self, gradients, averages, sums):
+    def reduce(self, gradients, averages, sums, *, half: bool = False, adasum: bool = False):
         """Average gradients and statistics and sum a small vector, in one fused operation.
 
         Separate small tensors cost 1 to 3 ms each; here the vector, which carries the loss and the wish to stop,
         travels with the gradients for nothing.
 
         Args:
-            gradients: list of float32 tensors.
-            averages: list of float32 tensors.
+            gradients: list of float32 or float64 tensors.
+            averages: list of such tensors.
             sums: float32 (k,).
+            half: gradients travel as float16, half the bytes: 11 bits of each number, and none beyond 65,504 summed
+                over the ranks.
+            adasum: gradients are combined by Adasum (arXiv 2006.02924) in place of their mean.
         """
         tensors = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        reduced = self._hvd.grouped_allreduce([*tensors, *averages, sums], op=self._hvd.Average)
+        sent = [tf.cast(tensor, tf.float16) for tensor in tensors] if half else tensors
+        if adasum:
+            # One by one, since upstream's grouped form fails for it; Horovod fuses them all the same. What it asks the
+            # machine meanwhile is nothing to compile.
+            combine = tf.autograph.experimental.do_not_convert(self._hvd.allreduce)
+            reduced = [combine(each, op=self._hvd.Adasum, name=f"gradient.{number}")
+                       for number, each in enumerate(sent)]
+            reduced += self._averaged([*averages, sums])
+        else:
+            reduced = self._averaged([*sent, *averages, sums])
         split = len(tensors)
-        return reduced[:split], reduced[split:-1], reduced[-1] * self.size
+        received = [tf.cast(each, tensor.dtype) for each, tensor in zip(reduced[:split], tensors, strict=True)]
+        return received, reduced[split:-1], reduced[-1] * self.size
+
+    def require_adasum(self) -> None:
+        """Check that Adasum can combine these ranks' gradients.
+
+        Raises:
+            MissingError: they talk over Gloo, which has no Adasum.
+            UsageError: their number is no power of two.
+        """
+        if self.size & (self.size - 1):
+            error = UsageError("Adasum combines the gradients of a power of two of processes", received=self.size,
+                               mend="start 2, 4, 8 ..., or set gradient_reduction=average")
+        elif not self._hvd.mpi_enabled():
+            error = MissingError("Adasum needs MPI, and these processes talk over Gloo", received="Gloo",
+                                 expected="Horovod built with MPI, and ranks that mpirun or srun starts",
+                                 mend="use --launcher mpirun, or set gradient_reduction=average")
+        else:
+            return
+        error.collective = True
+        raise error
+
+    def _averaged(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the means over the ranks; one operation for all tensors of a type, since a group has one type."""
+        found = list(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            # Named by us: Horovod would take the names of the layers, whose numbers differ on a rank that has built
+            # another model before, and the ranks would wait for each other for ever.
+            means = self._hvd.grouped_allreduce([tensors[place] for place in places], op=self._hvd.Average,
+                                                name=f"gradients.{dtype.name}")
+            for place, mean in zip(places, means, strict=True):
+                found[place] = mean
+        return found
+
+    def stacked(self, values: tf.Tensor, *, name: str) -> tf.Tensor:
+        """Return the tensors of all ranks, (n, ...), within a compiled step; gradients flow back to each rank's own.
+
+        Args:
+            values: of the same shape, (...), on every rank.
+            name: of this operation, another for each within the step.
+        """
+        @tf.custom_gradient
+        def gathered(own):
+            rows = tf.ensure_shape(self._hvd.allgather(own[None], name=name), (self.size, *own.shape))
+
+            def gradient(upstream):
+                # Each rank's loss depends on all rows; the mean over the ranks is taken with the weights' gradients.
+                total = self._hvd.allreduce(upstream, op=self._hvd.Sum, name=f"{name}.gradient")
+                return total[self.rank]
+
+            return rows, gradient
+
+        return gathered(values)
 
     def broadcast(self, variables) -> None:
         """Give every rank the values of rank 0."""

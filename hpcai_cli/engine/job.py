@@ -63,9 +63,9 @@ def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
         UsageError: the run's folder cannot be made, or the run has no such steps to profile.
     """
     run = Run.open(request.resume) if request.resume else None
-    file = request.data or (Path(run.manifest()["data"]) if run else _default_data(request))
+    file = Path(run.manifest()["data"]) if run and not request.data else data_of(request)
     dataset = Dataset(file)
-    recipe = _fitted(request.recipe, dataset)
+    recipe = fitted(request.recipe, dataset)
     if request.profile:
         _check_profile(request.profile, recipe, dataset, size)
     if request.power_file:
@@ -95,7 +95,7 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     run, dataset = Run(Path(folder)), Dataset(Path(file))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
-    request = dataclasses.replace(request, recipe=_fitted(request.recipe, dataset))
+    request = dataclasses.replace(request, recipe=fitted(request.recipe, dataset))
     try:
         augment, final_augment = (function and partial(function, recipe=request.recipe)
                                   for function in (request.augment, request.final_augment))
@@ -124,11 +124,11 @@ def _described(request: Request, facts: dict, size: int) -> list[str]:
     run.failure_file.unlink(missing_ok=True)
     if not request.resume:
         dataset = Dataset(file)
-        _describe(run, dataclasses.replace(request, recipe=_fitted(request.recipe, dataset)), dataset, facts)
+        _describe(run, dataclasses.replace(request, recipe=fitted(request.recipe, dataset)), dataset, facts)
     return [str(run.folder), str(file)]
 
 
-def _fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
+def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
     """Return the recipe with what it leaves to the data, after checking that its decisions can be taken on them.
 
     Raises:
@@ -173,8 +173,10 @@ def _plural(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def _default_data(request: Request) -> Path:
-    """Return data/RECIPE.h5 where it is, else the built-in sample, and say so."""
+def data_of(request: Request) -> Path:
+    """Return the file that was asked for, else data/RECIPE.h5 where it is, else the built-in sample, and say so."""
+    if request.data:
+        return request.data
     name = request.data_recipe.name
     file = Path("data") / f"{name}.h5"
     if file.exists():

@@ -49,14 +49,14 @@ class TimedRanks:
         with tf.device("CPU:0"):
             self.seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
 
-    def reduce(self, gradients, averages, sums):
+    def reduce(self, gradients, averages, sums, **how):
         """Reduce as the ranks do."""
         tensors = [tf.convert_to_tensor(gradient) for gradient in gradients]
         self.gradient_bytes = sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in (*tensors, *averages))
         with tf.control_dependencies([*tensors, *averages, sums]):
             started = tf.timestamp()
         with tf.control_dependencies([started]):
-            reduced = self._ranks.reduce(tensors, averages, sums)
+            reduced = self._ranks.reduce(tensors, averages, sums, **how)
         with tf.control_dependencies([*reduced[0], *reduced[1], reduced[2]]):
             self.seconds.assign_add(tf.timestamp() - started)
         return reduced

@@ -39,7 +39,7 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
 
     def losses_of(labels, scores):
         losses = task.losses(labels, scores)
-        return losses if weight_of_class is None else losses * tf.gather(weight_of_class, labels)
+        return losses if weight_of_class is None else losses * tf.cast(tf.gather(weight_of_class, labels), losses.dtype)
 
     def loss_of(inputs, labels, weights, seed):
         if recipe.mixup:
@@ -53,16 +53,17 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
         if teacher is not None:
             losses = teacher.losses(losses, scores, taught)
         # Regularization counts once per step: the weights of a whole step sum to the number of ranks.
+        weights = tf.cast(weights, losses.dtype)
         loss = tf.reduce_sum(losses * weights) + sum(model.losses, 0.0) * tf.reduce_sum(weights)
-        measure = tf.reduce_sum(tf.where(weights > 0, task.measures(labels, scores), 0.0))
-        return loss, measure
+        measures = tf.cast(task.measures(labels, scores), tf.float32)
+        return loss, tf.reduce_sum(tf.where(weights > 0, measures, 0.0))
 
     def gradients_of(inputs, labels, weights, seed):
         with tf.GradientTape() as tape:
             loss, measure = loss_of(inputs, labels, weights, seed)
             scaled = optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return gradients, tf.stack([loss, measure])
+        return gradients, tf.stack([tf.cast(loss, tf.float32), measure])
 
     def accumulated(inputs, labels, weights, seed):
         def add(number, totals, sums):
@@ -86,7 +87,9 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
         if ranks.size > 1:
             # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
             # rank. Batch norm's moving statistics are averaged too, or the ranks would hold different models.
-            gradients, means, sums = ranks.reduce(gradients, [variable.value for variable in statistics], sums)
+            gradients, means, sums = ranks.reduce(
+                gradients, [variable.value for variable in statistics], sums,
+                half=recipe.gradient_compression == "float16", adasum=recipe.gradient_reduction == "adasum")
             for variable, mean in zip(statistics, means, strict=True):
                 variable.assign(mean)
         before = pruning.kept() if pruning else None

@@ -27,8 +27,8 @@ class Classification:
         return (self.columns, 1) if self.columns == 2 else (self.columns,)
 
     def scores(self, outputs: tf.Tensor) -> tf.Tensor:
-        """Return logits, float32 (b, num_classes), from the model's outputs."""
-        outputs = tf.cast(outputs, tf.float32)
+        """Return logits, float32 (b, num_classes), from the model's outputs; float64 stays."""
+        outputs = _at_least_float32(outputs)
         if outputs.shape[-1] == self.columns:
             return outputs
         # The softmax over (0, z) is the sigmoid of z: one form for whatever comes after.
@@ -57,16 +57,20 @@ class Regression:
         return (1,)
 
     def scores(self, outputs: tf.Tensor) -> tf.Tensor:
-        """Return the predicted numbers, float32 (b, 1)."""
-        return tf.cast(outputs, tf.float32)
+        """Return the predicted numbers, float32 (b, 1); float64 stays."""
+        return _at_least_float32(outputs)
 
     def losses(self, labels: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
         """Return each example's squared error, float32 (b,)."""
-        return tf.square(scores[:, 0] - labels)
+        return tf.square(scores[:, 0] - tf.cast(labels, scores.dtype))
 
     def measures(self, labels: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
         """Return each example's absolute error, float32 (b,)."""
-        return tf.abs(scores[:, 0] - labels)
+        return tf.abs(scores[:, 0] - tf.cast(labels, scores.dtype))
+
+
+def _at_least_float32(outputs: tf.Tensor) -> tf.Tensor:
+    return tf.cast(outputs, tf.float64 if outputs.dtype == tf.float64 else tf.float32)
 
 
 def task_of(recipe: Recipe) -> Classification | Regression:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from hpcai_cli import console
-from hpcai_cli.engine import checkpoint, evaluation, history
+from hpcai_cli.engine import batch_norm, checkpoint, evaluation, history
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
@@ -121,6 +121,8 @@ def train(job: Job, *, resume: bool) -> dict:
         DataError: the checkpoint or the data don't belong to this run.
     """
     recipe, ranks, run = job.recipe, job.ranks, job.run
+    if recipe.gradient_reduction == "adasum":
+        ranks.require_adasum()
     started = time.monotonic()
     if job.energy:
         job.energy.start()
@@ -143,6 +145,8 @@ def train(job: Job, *, resume: bool) -> dict:
     settle_statistics(model)
     spread_random_state(model, ranks.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
+    if recipe.sync_batch_norm:
+        batch_norm.synchronize(model, ranks)
     prove_in_step(ranks, weights, when="at the start")
     compiled = partial(compile_steps, model, optimizer, recipe, job.profiler.step_ranks if job.profiler else ranks,
                        block=next(pipeline.blocks(0)),
