@@ -41,6 +41,7 @@ def train(
                                                 "say where their time goes.")] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Show instead, in a few steps, that these processes train as "
                                         "one with batches as large as all of theirs.")] = False,
+    fusion: options.Fusion = options.UNFUSED,
     energy: options.Energy = False,
     power_file: options.PowerFile = None,
     json: options.Json = False,
@@ -59,6 +60,7 @@ def train(
         $ hpcai train mnist --np 2 --profile 100-120
         $ hpcai train mnist --energy
         $ hpcai train mnist --np 2 --prove
+        $ hpcai train mnist --np 2 --autotune
         $ hpcai train mnist --data data/mnist.h5 --hosts a:4,b:4
         $ horovodrun -np 2 hpcai train mnist --data data/mnist.h5
 
@@ -79,6 +81,10 @@ def train(
         raise MissingError("--tensorboard needs a package that is not installed",
                            mend="run `pip install 'hpcai[tensorboard]'`", received="tensorboard")
     ranks = where.ranks(np)
+    if fusion != options.UNFUSED and not ranks and launch.place().size == 1:
+        raise UsageError("a single process sends no gradients", expected="--fusion-mb, --cycle-ms and --autotune with "
+                         "--np N, --hosts or a launcher")
+    fusion.apply()
 
     with console.quiet():
         from hpcai_cli.engine import job
@@ -134,8 +140,10 @@ def _prove(ranks: Ranks | None, request, assignments: dict[str, str], json: bool
 
 def _show_measured(result: dict) -> None:
     """Print what --energy and --profile have found."""
-    from hpcai_cli.engine import energy, profile_summary
+    from hpcai_cli.engine import autotune, energy, profile_summary
 
+    if "autotune" in result:
+        console.result(autotune.words(result["autotune"]) + "\n")
     if "energy" in result:
         console.result(f"energy: {energy.words(result['energy'])}\n")
     if result.get("profile"):

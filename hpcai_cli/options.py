@@ -75,6 +75,39 @@ class Where:
         return launchers.chosen(np, named=named, launcher=self.launcher, interface=self.interface, options=further)
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """How Horovod joins gradients to larger messages."""
+
+    fusion_mb: Annotated[float | None, typer.Option(min=0, max=65_536, metavar="MB", help="Gradients that travel "
+                                                    "together at most; Horovod's default is 128.",
+                                                    show_default=False)] = None
+    cycle_ms: Annotated[float | None, typer.Option(min=0.001, max=10_000, metavar="MS", help="How long Horovod "
+                                                   "collects them for; 0.5 over MPI, 1 over Gloo by default.",
+                                                   show_default=False)] = None
+    autotune: Annotated[bool, typer.Option("--autotune", help="Let Horovod try both during the training, and tell the "
+                                           "best.")] = False
+
+    def apply(self) -> None:
+        """Set Horovod's variables, which the ranks that this process starts get too.
+
+        Raises:
+            UsageError: what is to be tuned is given.
+        """
+        if self.autotune and (self.fusion_mb is not None or self.cycle_ms is not None):
+            raise UsageError("--autotune finds --fusion-mb and --cycle-ms", expected="one or the other")
+        if self.fusion_mb is not None:
+            os.environ["HOROVOD_FUSION_THRESHOLD"] = str(round(self.fusion_mb * 2**20))
+        if self.cycle_ms is not None:
+            os.environ["HOROVOD_CYCLE_TIME"] = str(self.cycle_ms)
+        if self.autotune:
+            os.environ["HOROVOD_AUTOTUNE"] = "1"
+            for name in ("HOROVOD_FUSION_THRESHOLD", "HOROVOD_CYCLE_TIME"):
+                os.environ.pop(name, None)
+
+
+UNFUSED = Fusion()
+"""Horovod's own settings."""
 HERE = Where()
 """Nothing of it was given."""
 

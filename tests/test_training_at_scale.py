@@ -160,3 +160,66 @@ ranks.stop()
 def test_adasum_where_it_cannot_be(tiny_folder, words, exit_code, message):
     done = train(*words, "--set", "gradient_reduction=adasum")
     assert done.returncode == exit_code and message in done.stderr and done.stderr.count("error:") == 1, done.stderr
+
+
+# ---- What the ranks tell -------------------------------------------------------------------------------------------
+
+@needs_horovod
+@LAUNCHERS
+def test_a_rank_that_lags_is_named(tiny_folder, launcher):
+    with (tiny_folder / "tiny.py").open("a") as stream:
+        stream.write("""
+
+def augment(inputs, seed, recipe):
+    import time
+
+    import tensorflow as tf
+
+    from hpcai_cli import launch
+
+    def slow(images):
+        time.sleep(0.02 * launch.place().rank)
+        return images
+
+    return tf.ensure_shape(tf.py_function(slow, [inputs], inputs.dtype), inputs.shape)
+""")
+    done = train("--np", 2, "--launcher", launcher, "--output", "run")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    times = [event["own_step_ms"] for event in events if event["event"] == "ranks"]
+    assert len(times) == 4 and all(second > first + 15 for first, second in times), times
+    named = [line for line in done.stderr.splitlines() if " lags: " in line]
+    assert len(named) == 1 and named[0].startswith("rank 1 on "), done.stderr
+
+
+@needs_horovod
+@LAUNCHERS
+def test_fusion_settings_reach_the_ranks(tiny_folder, launcher):
+    done = train("--np", 2, "--launcher", launcher, "--fusion-mb", 2, "--cycle-ms", 0.25, "--output", "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("run/manifest.json").read_text())["horovod"] == {
+        "fusion_mb": 2.0, "cycle_ms": 0.25, "autotune": False}
+
+
+@needs_horovod
+@LAUNCHERS
+def test_autotune_tells_the_best_that_it_tried(tiny_folder, monkeypatch, launcher):
+    monkeypatch.setenv("HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE", "2")
+    done = train("--np", 2, "--launcher", launcher, "--autotune", "--epochs", 50, "--output", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)["autotune"]
+    log = np.genfromtxt("run/autotune.csv", delimiter=",", names=True)
+    assert best["tried"] == log.size >= 4 and best["score"] == log["score"].max()
+    chosen = log[log["score"].argmax()]
+    assert (best["fusion_mb"], best["cycle_ms"]) == (chosen["tensor_fusion_threshold"], chosen["cycle_time_ms"])
+    # Not the one that we set where nothing is to be tuned.
+    assert len(set(log["cycle_time_ms"])) > 1
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--autotune"], "a single process sends no gradients"),
+    (["--fusion-mb", 1], "a single process sends no gradients"),
+    (["--np", 2, "--autotune", "--cycle-ms", 1], "one or the other")])
+def test_fusion_settings_that_contradict(hpcai, words, message):
+    done = hpcai("train", "mnist", *words)
+    assert done.exit_code == 2 and message in done.stderr

@@ -65,7 +65,9 @@ class Horovod:
             # it to them. Looking for work then costs next to nothing, so that it may be done twice as often as by
             # default (`hpcai benchmark scaling` measures what comes of it).
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-            os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.5")
+            if os.environ.get("HOROVOD_AUTOTUNE", "0") == "0":
+                # What is set is not tuned.
+                os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.5")
         # Sets that are added later would cost all operations a round of questions (HOROVOD_DYNAMIC_PROCESS_SETS).
         self._process_sets = {tuple(group): hvd.ProcessSet(list(group)) for group in groups}
         hvd.init(process_sets=list(self._process_sets.values()))

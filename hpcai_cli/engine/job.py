@@ -81,8 +81,9 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     """
     # TensorFlow loads here and not at import, so that a process that only starts others does without it.
     with console.quiet():
-        from hpcai_cli.engine import distributed, energy, hardware, profiled_ranks, profiling, training
+        from hpcai_cli.engine import autotune, distributed, energy, hardware, profiled_ranks, profiling, training
 
+        autotune_log = autotune.begin()
         ranks = profiled_ranks.join() if request.profile else distributed.start()
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     # Rank 0 chooses for all: in a mixed cluster the ranks would compute in different precisions, unseen by the proof.
@@ -91,6 +92,8 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, precision=policy))
     facts = {"world_size": ranks.size, "hosts": launch.place().hosts, "threads_per_rank": threads,
              "precision": policy, "precision_reason": reason}
+    if ranks.size > 1:
+        facts["horovod"] = autotune.settings()
     folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
@@ -104,7 +107,8 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                            describe=lambda: _describe(run, request, dataset, facts),
                            profiler=request.profile and profiling.Profiler(
                                request.profile, run.profile, ranks, request.recipe, threads),
-                           energy=energy.JobMeter(ranks, request.power_file) if request.energy else None)
+                           energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
+                           autotune_log=autotune_log)
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
         code = error.exit_code if isinstance(error, HpcaiError) else 1

@@ -1,9 +1,7 @@
-"""The ranks of a job that is to be profiled: ready for Horovod's timeline, and timed where they wait for each other."""
+"""The ranks of a job that is to be profiled, ready for Horovod's timeline."""
 
 import os
 from pathlib import Path
-
-import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.engine import distributed
@@ -34,29 +32,3 @@ def _calm_timeline_writer() -> None:
         os.sched_setscheduler(int(newest.name), os.SCHED_IDLE, os.sched_param(0))
     except OSError as error:
         console.note(f"the timeline's writer takes a core beside rank 0: {error}")
-
-
-class TimedRanks:
-    """The ranks of a job, whose reduction of gradients is timed within the compiled step.
-
-    Attributes:
-        seconds: float64 (), how long this rank has waited for the others and for what they sent, since it was set to 0.
-        gradient_bytes: what a step sends.
-    """
-
-    def __init__(self, ranks: Serial | Horovod):
-        self._ranks, self.size, self.gradient_bytes = ranks, ranks.size, 0
-        with tf.device("CPU:0"):
-            self.seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
-
-    def reduce(self, gradients, averages, sums, **how):
-        """Reduce as the ranks do."""
-        tensors = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        self.gradient_bytes = sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in (*tensors, *averages))
-        with tf.control_dependencies([*tensors, *averages, sums]):
-            started = tf.timestamp()
-        with tf.control_dependencies([started]):
-            reduced = self._ranks.reduce(tensors, averages, sums, **how)
-        with tf.control_dependencies([*reduced[0], *reduced[1], reduced[2]]):
-            self.seconds.assign_add(tf.timestamp() - started)
-        return reduced

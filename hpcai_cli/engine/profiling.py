@@ -15,7 +15,7 @@ from hpcai_cli import launch
 from hpcai_cli.engine import distributed, machine, profile_files, profile_summary
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.pipeline import Block
-from hpcai_cli.engine.profiled_ranks import TimedRanks
+from hpcai_cli.engine.timed_ranks import TimedRanks
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import write_bytes, write_json

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from hpcai_cli import console
-from hpcai_cli.engine import batch_norm, checkpoint, evaluation, history
+from hpcai_cli.engine import autotune, batch_norm, checkpoint, evaluation, history
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
@@ -31,6 +32,7 @@ from hpcai_cli.engine.profiling import Profiler
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset, Split
 from hpcai_cli.engine.task import class_weights, task_of
+from hpcai_cli.engine.timed_ranks import LagWatch
 from hpcai_cli.errors import DataError, DivergedError, StoppedEarly
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_bytes, write_json
@@ -66,6 +68,8 @@ class Job:
     """Looks into some of the steps."""
     energy: JobMeter | None = None
     """Measures the joules from here to the result."""
+    autotune_log: Path | None = None
+    """Where Horovod writes what it tries, on rank 0."""
 
 
 @dataclass
@@ -148,8 +152,8 @@ def train(job: Job, *, resume: bool) -> dict:
     if recipe.sync_batch_norm:
         batch_norm.synchronize(model, ranks)
     prove_in_step(ranks, weights, when="at the start")
-    compiled = partial(compile_steps, model, optimizer, recipe, job.profiler.step_ranks if job.profiler else ranks,
-                       block=next(pipeline.blocks(0)),
+    watch = LagWatch(ranks, job.profiler.step_ranks if job.profiler else ranks)
+    compiled = partial(compile_steps, model, optimizer, recipe, watch.step_ranks, block=next(pipeline.blocks(0)),
                        weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
                        pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs))
     steps = compiled(augment=job.augment)
@@ -167,6 +171,8 @@ def train(job: Job, *, resume: bool) -> dict:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
                 prove_in_step(ranks, weights, when="after the first step")
+                # It warms up, which nobody else waits for again.
+                watch.restart(at.step)
             shown.update(at.epoch * len(split) + at.cursor, lambda: history.status(recipe, at.epoch, at.sums))
 
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
@@ -175,13 +181,17 @@ def train(job: Job, *, resume: bool) -> dict:
             chosen = final_steps if at.epoch >= final_epoch else steps
             if job.profiler:
                 chosen, blocks = job.profiler.watched(chosen, blocks, at, pipeline.steps_per_block)
+            watch.restart(at.step)
             stop_asked = run_blocks(job, at, chosen, blocks, after_block)
+            own_ms = watch.own_ms(at.step)
             _prove_finite(model, at)
             if stop_asked and at.cursor < len(split):
                 _save(job, at, model, optimizer, weights)
                 _raise_stopped(job, at, samples=at.epoch * len(split) + at.cursor - done)
             row = _finish_epoch(job, at, optimizer, validate,
                                 seconds=time.monotonic() - epoch_started, examples=at.cursor - cursor_started)
+            if own_ms:
+                _event(job, "ranks", epoch=row["epoch"], own_step_ms=own_ms)
             board.write(row, at.step)
             _save(job, at, model, optimizer, weights)
             shown.line(history.sentence(recipe, row))
@@ -331,6 +341,8 @@ def _measured(job: Job, samples: int) -> dict:
         found["profile"] = job.profiler.result
     if job.energy:
         found["energy"] = job.energy.finish(samples)
+    if job.autotune_log:
+        found["autotune"] = autotune.found(job.autotune_log, job.run.folder / "autotune.csv")
     return found
 
 
