@@ -1,5 +1,6 @@
 """hpcai benchmark: how fast, how near the limit of the machine, where the time goes, and whether it got worse."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -310,6 +311,22 @@ def allreduce(
     if launch.place().size > 1:
         return _module("collective.collective_ranks").measure(_started_ranks(), operations, chosen)
     return module.measure(local_ranks, operations, chosen)
+
+
+@_benchmark
+def horovod(
+    data: Data = MNIST,
+    np: Annotated[int, typer.Option("--np", min=2, max=1024, metavar="N", help="Ranks on this host.")] = 2,
+    launcher: Annotated[str, typer.Option(help="auto, horovodrun or mpirun.")] = "auto",
+) -> Iterable:
+    """Training in ranks against a plain Horovod script: images a second, and how soon the first step is done.
+
+    Examples:
+        $ hpcai benchmark horovod
+        $ hpcai benchmark horovod --np 4 --launcher horovodrun
+    """
+    ranks = launchers.chosen(np, launcher=launcher)
+    return _module("horovod").measure(_dataset(data), dataclasses.replace(ranks, hosts=()))
 
 
 @_benchmark

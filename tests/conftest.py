@@ -1,6 +1,10 @@
 """What all tests share: a folder and an environment of their own, the command line, the real data."""
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,7 +76,7 @@ def hpcai():
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of the real data, or skip the test where there is none."""
     if not SHARED_DATA.is_dir():
@@ -95,3 +99,26 @@ def tiny_folder(tmp_path, monkeypatch, tiny_recipe) -> Path:
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def train_mnist(shared_data, tmp_path_factory) -> Callable[..., tuple[list[str], float]]:
+    """Return a function epochs -> (words of a training on all of MNIST, the accuracy that two ranks reach by --np)."""
+    folder, found = tmp_path_factory.mktemp("mnist"), {}
+
+    def hpcai(*words: object) -> dict:
+        done = subprocess.run([Path(sys.executable).parent / "hpcai", *map(str, words), "--json"], capture_output=True,
+                              text=True, timeout=600, cwd=folder, env={**os.environ, "HPCAI_CACHE": str(folder)})
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def of(epochs: int = 2) -> tuple[list[str], float]:
+        if not found:
+            hpcai("preprocess", "mnist", "--source", shared_data / "mnist", "--output", "mnist.h5")
+        words = ["train", "mnist-mlp", "--data", str(folder / "mnist.h5"), "--epochs", str(epochs)]
+        if epochs not in found:
+            found[epochs] = hpcai(*words, "--np", 2, "--output", f"run-{epochs}")["metrics"]["accuracy"]
+            assert found[epochs] > 0.96
+        return words, found[epochs]
+
+    return of

@@ -116,6 +116,17 @@ def test_horovodrun_and_mpirun_from_outside_give_the_same_weights(folder):
 
 
 @needs_horovod
+@needs_mpirun
+@pytest.mark.parametrize("launcher", [[HOROVODRUN, "-np", "2", "--gloo", "--disable-cache"],
+                                      ["mpirun", "-np", "2", "--oversubscribe"]], ids=["horovodrun", "mpirun"])
+def test_mnist_to_the_same_accuracy(folder, train_mnist, launcher):
+    words, accuracy = train_mnist()
+    done = run(*launcher, HPCAI, *words, "--output", "run", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "run" / "result.json").read_text())["metrics"]["accuracy"] == accuracy
+
+
+@needs_horovod
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGUSR1),
                                                    (2, signal.SIGINT)])
 def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(folder, processes, number):

@@ -171,6 +171,7 @@ def train(job: Job, *, resume: bool) -> dict:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
                 prove_in_step(ranks, weights, when="after the first step")
+                _event(job, "first_step", step=at.step)
                 # It warms up, which nobody else waits for again.
                 watch.restart(at.step)
             shown.update(at.epoch * len(split) + at.cursor, lambda: history.status(recipe, at.epoch, at.sums))

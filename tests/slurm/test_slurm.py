@@ -68,6 +68,13 @@ def test_srun_itself_starts_ranks_that_find_each_other(slurm):
     assert json.loads(done.stdout)["world_size"] == 2
 
 
+def test_mnist_by_srun_to_the_accuracy_outside_of_slurm(slurm, train_mnist):
+    words, accuracy = train_mnist()
+    done = slurm.run("srun", "--mpi=pmix", "--ntasks", 2, HPCAI, *words, "--output", "mnist-by-srun", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["accuracy"] == accuracy
+
+
 def test_srun_without_pmix_is_refused(slurm):
     done = slurm.run("srun", "--mpi=none", "--ntasks", 2, HPCAI, *TRAIN, "--output", "apart")
     assert done.returncode == 4, done.stderr
@@ -109,6 +116,15 @@ def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, 
     done = slurm.hpcai(*training, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
     assert done.returncode == 0, done.stderr
     assert_same_bits(run, slurm.work / f"whole-{tasks}-{launcher}")
+
+
+@pytest.mark.timeout(1200)
+def test_mnist_to_the_same_accuracy_with_a_limit_on_the_way(slurm, train_mnist):
+    words, accuracy = train_mnist(40)
+    job, run = submitted(slurm, "--tasks-per-node", 2, "--time", 2, "--signal-before", 50, "--", *words)
+    assert ended(slurm, job, 900) == "done", log(slurm, job)
+    assert "queued again to go on" in log(slurm, job)
+    assert json.loads((run / "result.json").read_text())["metrics"]["accuracy"] == accuracy
 
 
 @pytest.mark.parametrize(("tasks", "launcher"), [(1, "auto"), (2, "srun"), (2, "mpirun"), (2, "horovodrun")])

@@ -66,6 +66,15 @@ def test_two_hosts_train_the_model_of_one(train, launcher):
     assert_close(run, other)
 
 
+@LAUNCHERS
+def test_mnist_to_the_accuracy_of_one_host(two_hosts, train_mnist, launcher):
+    words, accuracy = train_mnist()
+    done = two_hosts.hpcai("a", *words, "--hosts", "a:1,b:1", "--launcher", launcher, "--output", f"mnist-{launcher}",
+                           "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["accuracy"] == accuracy
+
+
 def test_a_hostfile_and_an_interface(train, two_hosts):
     (two_hosts.folder / "hosts").write_text("a slots=1\nb slots=1\n")
     done, _ = train("--hostfile", "hosts", "--interface", "wire")
