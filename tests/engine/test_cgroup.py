@@ -30,7 +30,8 @@ def groups(tmp_path):
 
 def test_version_2_takes_the_least_of_the_group_and_those_above(groups):
     found = groups("0::/job/step\n", job={"memory.max": 4 * GIGABYTE, "memory.current": 3 * GIGABYTE,
-                                          "memory.stat": f"anon 5\ninactive_file {GIGABYTE}", "cpu.max": "150000 100000",
+                                          "memory.stat": f"anon 5\ninactive_file {GIGABYTE}",
+                                          "cpu.max": "150000 100000",
                                           "pids.max": 100, "pids.current": 90},
                    job__step={"memory.max": "max", "memory.current": GIGABYTE, "cpu.max": "max 100000",
                               "pids.max": "max"})
