@@ -1,0 +1,121 @@
+"""hpcai doctor over two hosts: they reduce and train together, and each wrong set-up is a finding that says what mends
+it."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcai_cli import __version__
+from hpcai_cli.launchers import START_SECONDS
+
+pytestmark = pytest.mark.cluster
+SECONDS = 280
+"""For the whole examination, of which the trials of this host alone are the greater part."""
+
+
+@pytest.fixture
+def doctor(two_hosts):
+    """Return a function that runs the doctor on host a: its exit code, its findings by name and its document."""
+    def run(*words: str) -> tuple[int, dict[str, dict], dict]:
+        done = two_hosts.hpcai("a", "doctor", "--json", *words, timeout=SECONDS)
+        assert done.stdout, done.stderr
+        document = json.loads(done.stdout)
+        return done.returncode, {finding["name"]: finding for finding in document["findings"]}, document
+    return run
+
+
+def processes(host: str, two_hosts) -> list[str]:
+    """Return what runs on a host, but its ssh server."""
+    pids = two_hosts.run("a", "ip", "netns", "pids", two_hosts._namespace(host)).stdout.split()
+    found = []
+    for pid in pids:
+        try:
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+        except OSError:
+            continue
+    return [words for words in found if "sshd" not in words]
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_two_hosts_reduce_and_train_together(doctor, launcher):
+    code, found, document = doctor("--hosts", "a:1,b:1", "--launcher", launcher, "--interface", "wire")
+    assert code == 0, document
+    assert found["allreduce, hosts"]["status"] == found["training step, hosts"]["status"] == "ok"
+    assert "2 ranks over" in found["allreduce, hosts"]["value"]
+    metrics = document["metrics"]
+    assert 0 < metrics["allreduce_latency_seconds_hosts"] < 10 and metrics["allreduce_bytes_per_second_hosts"] > 1e5
+    assert abs(metrics["clock_offset_seconds_b"]) <= 5
+    assert found["host b"]["status"] == "ok" and "versions as here" in found["host b"]["value"]
+    assert "wire" in found["way to the hosts"]["value"] and "10.213.7.1/24" in found["interfaces"]["value"]
+
+
+@pytest.mark.parametrize(("words", "host", "expected", "mend"), [
+    (["--hosts", "a:1,gone:1,nobody:1"], "gone", "cannot be reached", "check that it is up"),
+    (["--hosts", "a:1,gone:1,nobody:1"], "nobody", "has no address", "check its name"),
+    (["--hosts", "a:1,b:1", "--interface", "dead"], "b", "is not reached over dead", "name an interface")])
+def test_what_leads_nowhere_is_a_finding_of_its_host(two_hosts, words, host, expected, mend):
+    """The examination of this host is left out: it is the same for all."""
+    code = ("import dataclasses, json; from hpcai_cli import hosts, launchers; "
+            "from hpcai_cli.engine.environment import other_hosts; "
+            f"ranks = launchers.chosen(None, named=hosts.parse({words[1]!r}), interface={''.join(words[3:])!r}); "
+            "print(json.dumps([dataclasses.asdict(each) for each in other_hosts.findings(ranks)]))")
+    done = two_hosts.run("a", "python", "-c", code, timeout=2 * START_SECONDS + 30)
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    finding = found[f"host {host}"]
+    assert finding["status"] == "missing" and finding["required"]
+    assert expected in finding["value"] and mend in finding["mend"]
+    assert "this host" in found["host a"]["value"]
+
+
+def test_a_wrong_key_ends_with_exit_code_4_and_without_a_trial(doctor, two_hosts):
+    two_hosts.user_key("other_key")
+    try:
+        code, found, _ = doctor("--hosts", "a:1,b:1")
+    finally:
+        two_hosts.user_key("user_key")
+    assert code == 4
+    assert found["host b"]["mend"] == "run `ssh-copy-id b`"
+    assert "not tried" in found["allreduce, hosts"]["value"]
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_running_on_either_host(two_hosts, launcher, number):
+    """The ranks' trial alone, so that the signal comes when ranks of both hosts run."""
+    code = ("from hpcai_cli import hosts, launchers; from hpcai_cli.engine.environment import rank_checks; "
+            "from hpcai_cli.signals import sigterm_interrupts\n"
+            f"ranks = launchers.chosen(None, named=hosts.parse('a:1,b:1'), launcher={launcher!r})\n"
+            "with sigterm_interrupts():\n    print(rank_checks.across(ranks))")
+    process = subprocess.Popen(two_hosts.command("a", "python", "-c", code), cwd=two_hosts.folder, text=True,
+                               env=two_hosts.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not any("doctor --json" in words for words in processes("b", two_hosts)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=60)
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    deadline = time.monotonic() + 30
+    while left := [words for host in "ab" for words in processes(host, two_hosts) if "hpcai" in words]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def test_another_release_and_another_clock_are_told(two_hosts):
+    """What host b says is changed on its way."""
+    code = ("import dataclasses, json; from hpcai_cli import host_check; "
+            "from hpcai_cli.hosts import Host; from hpcai_cli.engine.environment import host_facts, other_hosts; "
+            "said = host_facts.facts(); here = host_facts.facts(); said['versions']['Keras'] = '3.12.0'; "
+            "said['time'] += 60; answer = host_check.ask(['b'], 'true')['b']; "
+            "answer = dataclasses.replace(answer, lines=(json.dumps(said),)); "
+            "print(json.dumps(dataclasses.asdict(other_hosts._answered(Host('b', 99), answer, here))))")
+    done = two_hosts.run("a", "python", "-c", code)
+    finding = json.loads(done.stdout)
+    assert finding["status"] == "warning"
+    for words in ("Keras 3.12.0, here 3.15", "60 s ahead", "fewer cores than ranks"):
+        assert words in finding["value"], finding
+    assert "-m pip install keras==3.15" in finding["mend"] and "chronyc" in finding["mend"]
+    assert f"hpcai {__version__}" not in finding["value"]
