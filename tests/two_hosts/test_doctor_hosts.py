@@ -4,6 +4,7 @@ it."""
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_what_leads_nowhere_is_a_finding_of_its_host(two_hosts, words, host, exp
             "from hpcai_cli.engine.environment import other_hosts; "
             f"ranks = launchers.chosen(None, named=hosts.parse({words[1]!r}), interface={''.join(words[3:])!r}); "
             "print(json.dumps([dataclasses.asdict(each) for each in other_hosts.findings(ranks)]))")
-    done = two_hosts.run("a", "python", "-c", code, timeout=2 * START_SECONDS + 30)
+    done = two_hosts.run("a", sys.executable, "-c", code, timeout=2 * START_SECONDS + 30)
     found = {finding["name"]: finding for finding in json.loads(done.stdout)}
     finding = found[f"host {host}"]
     assert finding["status"] == "missing" and finding["required"]
@@ -90,7 +91,7 @@ def test_a_signal_leaves_nothing_running_on_either_host(two_hosts, launcher, num
             "from hpcai_cli.signals import sigterm_interrupts\n"
             f"ranks = launchers.chosen(None, named=hosts.parse('a:1,b:1'), launcher={launcher!r})\n"
             "with sigterm_interrupts():\n    print(rank_checks.across(ranks))")
-    process = subprocess.Popen(two_hosts.command("a", "python", "-c", code), cwd=two_hosts.folder, text=True,
+    process = subprocess.Popen(two_hosts.command("a", sys.executable, "-c", code), cwd=two_hosts.folder, text=True,
                                env=two_hosts.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not any("doctor --json" in words for words in processes("b", two_hosts)):
@@ -112,7 +113,7 @@ def test_another_release_and_another_clock_are_told(two_hosts):
             "said['time'] += 60; answer = host_check.ask(['b'], 'true')['b']; "
             "answer = dataclasses.replace(answer, lines=(json.dumps(said),)); "
             "print(json.dumps(dataclasses.asdict(other_hosts._answered(Host('b', 99), answer, here))))")
-    done = two_hosts.run("a", "python", "-c", code)
+    done = two_hosts.run("a", sys.executable, "-c", code)
     finding = json.loads(done.stdout)
     assert finding["status"] == "warning"
     for words in ("Keras 3.12.0, here 3.15", "60 s ahead", "fewer cores than ranks"):

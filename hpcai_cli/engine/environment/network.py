@@ -55,7 +55,7 @@ def way(ranks: Ranks) -> Finding:
         return Finding("way to the hosts", "ok", "all of them are this host")
     interface, network = ranks.way
     if not interface:
-        return Finding("way to the hosts", "ok", "over routers or several networks; the launcher or --interface chooses")
+        return Finding("way to the hosts", "ok", "over routers or several networks; --interface chooses")
     here = next((each for each in interfaces() if each.name == interface), None)
     return Finding("way to the hosts", "ok", f"{here or interface}, which leads to {', '.join(ranks.other_hosts)}"
                                              f"{f' in {network}' if network != interface else ''}")

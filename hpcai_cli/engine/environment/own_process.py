@@ -25,6 +25,8 @@ def run(command: Sequence[object], *, seconds: float, environ: Mapping[str, str]
         return 124, "", f"no answer within {seconds:.0f} s"
     finally:
         end_group(process)
+        process.stdout.close()
+        process.stderr.close()
 
 
 def ending(code: int, errors: str) -> str:
