@@ -68,6 +68,15 @@ def test_srun_itself_starts_ranks_that_find_each_other(slurm):
     assert json.loads(done.stdout)["world_size"] == 2
 
 
+def test_ranks_that_srun_has_started_are_tried_by_the_doctor(slurm):
+    done = slurm.run("srun", "--mpi=pmix", "--ntasks", 2, HPCAI, "doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [(finding["name"], finding["status"]) for finding in document["findings"]] == [
+        ("allreduce", "ok"), ("training step", "ok")]
+    assert "2 ranks over MPI" in document["findings"][0]["value"]
+
+
 def test_srun_without_pmix_is_refused(slurm):
     done = slurm.run("srun", "--mpi=none", "--ntasks", 2, HPCAI, *TRAIN, "--output", "apart")
     assert done.returncode == 4, done.stderr
