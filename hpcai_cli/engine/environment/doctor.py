@@ -1,6 +1,6 @@
 """Everything that a job needs, looked at and tried; each finding says what mends it."""
 
-from hpcai_cli import console
+from hpcai_cli import console, launch
 from hpcai_cli.engine.environment import limits, network, other_hosts, rank_checks, software, storage
 from hpcai_cli.engine.environment.finding import Finding
 from hpcai_cli.launchers import Ranks
@@ -15,7 +15,7 @@ def examine(ranks: Ranks | None = None) -> list[Finding]:
     console.note("importing TensorFlow and Horovod in a process of their own ...")
     probed = software.probe()
     findings = [*software.findings(probed), *limits.findings(), *storage.findings(), *network.findings()]
-    if not any(finding.name == "Horovod" and not finding.required for finding in findings):
+    if not launch.missing_package("horovod"):
         findings += rank_checks.here(probed)
     if ranks is not None:
         found = [network.way(ranks), *other_hosts.findings(ranks)]

@@ -12,9 +12,12 @@ _PAGE = b"hpcai" * 1024
 
 
 def main() -> None:
-    """Try the folder argv[1], and print a line of JSON for each step: its name, what it gave or `error:` and why."""
+    """Try the folder argv[1], and print a line of JSON for each step: its name, what it gave or `error:` and why.
+
+    With a second word, `make`, the folder is made where it is not there.
+    """
     folder = sys.argv[1]
-    _step("folder", lambda: _opened(folder))
+    _step("folder", lambda: _opened(folder, make="make" in sys.argv[2:]))
     _step("free", lambda: os.statvfs(folder).f_frsize * os.statvfs(folder).f_bavail)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".hpcai-") as file:
@@ -35,8 +38,10 @@ def _step(name: str, function) -> None:
     print(json.dumps([name, value]), flush=True)
 
 
-def _opened(folder: str) -> str:
-    os.makedirs(folder, exist_ok=True)
+def _opened(folder: str, *, make: bool) -> str:
+    if make:
+        os.makedirs(folder, exist_ok=True)
+    os.stat(folder)
     return os.path.realpath(folder)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from hpcai_cli import console, launch, launchers
 from hpcai_cli.engine.environment.finding import REBUILD, Finding
 from hpcai_cli.engine.environment.own_process import ending, json_lines, run
+from hpcai_cli.errors import printable
 from hpcai_cli.launchers import Ranks
 
 SECONDS = 180
@@ -56,8 +57,8 @@ def _tried(words: Sequence[str], environ: Mapping[str, str], label: str, mend: s
     if document is None:
         # Launchers have much to say after a rank's own words.
         own = [match[0] for match in map(_OWN_WORDS.search, (output + errors).splitlines()) if match]
-        return [Finding(f"allreduce, {label}", "missing", f"fails: {own[0] if own else ending(code, errors)}", mend,
-                        required=True)]
+        why = printable(own[0] if own else ending(code, errors))
+        return [Finding(f"allreduce, {label}", "missing", f"fails: {why}", mend, required=True)]
     metrics = {f"{name}_{label}": value for name, value in document["metrics"].items()}
     return [Finding(f"{each['name']}, {label}", each["status"], each["value"], each["mend"] and mend,
                     # Each with its own: those of the allreduce and of the step begin with their names.

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,31 +72,41 @@ def file_system_of(folder: str, mounts: str) -> str:
 
 def _tried(folders: Sequence[Path]) -> list[Tried]:
     """Try each folder in a process of its own, which is left alone where the kernel lets nobody end it."""
-    started = [subprocess.Popen([sys.executable, "-m", folder_trial.__name__, folder], stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                env={**os.environ, "PYTHONSAFEPATH": "1"}) for folder in folders]
-    found, seconds = [], float(_SECONDS)
-    for folder, process in zip(folders, started, strict=True):
-        try:
-            output = process.communicate(timeout=seconds)[0]
-        except subprocess.TimeoutExpired:
+    # Of these the cache folder alone is ours to make.
+    started = [subprocess.Popen(
+        [sys.executable, "-m", folder_trial.__name__, folder, *(["make"] if folder == cache_folder() else [])],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"}) for folder in folders]
+    found, deadline, mounts = [], time.monotonic() + _SECONDS, _text(Path("/proc/self/mountinfo"))
+    try:
+        for folder, process in zip(folders, started, strict=True):
+            output = _output(process, max(0.0, deadline - time.monotonic()))
+            steps = dict(json.loads(line) for line in output.splitlines() if line.endswith("]"))
+            real = folder if "folder" not in steps or _why(steps["folder"]) else Path(steps["folder"])
+            found.append(Tried(real, file_system_of(str(real), mounts), steps))
+        return found
+    finally:
+        for process in started:
             process.kill()
-            # They have all had this time.
-            seconds = 0.5
-            output = _rest(process)
-        steps = dict(json.loads(line) for line in output.splitlines() if line.endswith("]"))
-        real = folder if "folder" not in steps or _why(steps["folder"]) else Path(steps["folder"])
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-        found.append(Tried(real, file_system_of(str(real), mounts), steps))
-    return found
 
 
-def _rest(process: subprocess.Popen) -> str:
+def _output(process: subprocess.Popen, seconds: float) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
     try:
         return process.communicate(timeout=1)[0]
     except subprocess.TimeoutExpired as late:
         # It sleeps in the kernel, from which even its end does not wake it.
         return (late.stdout or b"").decode()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _why(found: object) -> str:

@@ -55,6 +55,13 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatc
     assert finding.mend == "export HPCAI_CACHE=FOLDER"
 
 
+def test_a_folder_of_temporary_files_that_is_not_there_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    finding = found_by_name()["temporary files"]
+    assert finding.status == "warning" and "No such file" in finding.value and finding.mend == "export TMPDIR=FOLDER"
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_small_and_a_read_only_file_system(tmp_path):
     """Mounts of a namespace of its own."""
     code = ("from hpcai_cli.engine.environment import storage\n"
@@ -74,9 +81,9 @@ def test_a_small_and_a_read_only_file_system(tmp_path):
 
 def test_a_folder_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
     # Python itself takes longer to start.
-    monkeypatch.setattr(storage, "_SECONDS", 0.001)
+    monkeypatch.setattr(storage, "_SECONDS", 0)
     (tried,) = storage._tried([tmp_path])
-    assert tried.failed("folder") == "no answer within 0.001 s" and tried.failed("flock") == "not tried"
+    assert tried.failed("folder") == "no answer within 0 s" and tried.failed("flock") == "not tried"
 
 
 def test_a_lock_that_another_process_holds_is_no_fault(tmp_path, monkeypatch):
