@@ -13,6 +13,7 @@ import pytest
 from hpcai_cli import __version__
 
 pytestmark = pytest.mark.cluster
+NETWORK = "10.213.7"
 SECONDS = 540
 """For the whole examination on a machine that is busy; the trials of one host alone are the greater part."""
 
@@ -38,6 +39,13 @@ def processes(host: str, two_hosts) -> list[str]:
         except OSError:
             continue
     return [words for words in found if "sshd" not in words]
+
+
+def assert_nothing_runs(two_hosts) -> None:
+    deadline = time.monotonic() + 30
+    while left := [words for host in "ab" for words in processes(host, two_hosts) if "hpcai" in words]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -106,6 +114,31 @@ def test_a_wrong_key_ends_with_exit_code_4_and_without_a_trial(doctor, two_hosts
     assert "not tried" in found["allreduce, hosts"]["value"]
 
 
+@pytest.fixture
+def ssh_alone(two_hosts):
+    """Let ssh reach the hosts, and their names lead to addresses where nothing answers."""
+    names = [Path("/etc/netns", two_hosts._namespace(name), "hosts") for name in "ab"]
+    before = names[0].read_text()
+    for path in names:
+        path.write_text(before.replace(f"{NETWORK}.1 a", "10.213.8.1 a").replace(f"{NETWORK}.2 b", "10.213.8.2 b"))
+    with (two_hosts.folder / "ssh_config").open("a") as config:
+        config.write(f"Host a\n HostName {NETWORK}.1\nHost b\n HostName {NETWORK}.2\n")
+    yield
+    for path in names:
+        path.write_text(before)
+    two_hosts.user_key("user_key")
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_hosts_that_ssh_alone_reaches_give_a_sentence_and_leave_nothing_running(ssh_alone, parts, two_hosts, launcher):
+    finding = parts("rank_checks.across", "a:1,b:1", launcher=launcher)["allreduce, hosts"]
+    assert finding["status"] == "missing" and finding["value"].startswith("fails: "), finding
+    assert "all ports" in finding["mend"] and "--interface" in finding["mend"]
+    assert_nothing_runs(two_hosts)
+    print(finding)
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_running_on_either_host(two_hosts, launcher, number):
@@ -119,10 +152,7 @@ def test_a_signal_leaves_nothing_running_on_either_host(two_hosts, launcher, num
         time.sleep(0.1)
     process.send_signal(number)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
-    deadline = time.monotonic() + 30
-    while left := [words for host in "ab" for words in processes(host, two_hosts) if "hpcai" in words]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    assert_nothing_runs(two_hosts)
 
 
 def test_another_release_and_another_clock_are_told(two_hosts):

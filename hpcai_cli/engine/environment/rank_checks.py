@@ -47,7 +47,8 @@ def across(ranks: Ranks) -> list[Finding]:
     console.note(f"an allreduce and a training step of {ranks.np} processes by {ranks.launcher} ...")
     other = "horovodrun" if ranks.launcher != "horovodrun" else "mpirun"
     return _tried(ranks.words(), {**os.environ, **ranks.environment()}, "hosts",
-                  f"--interface NAME, with the one that leads to all hosts, or --launcher {other}")
+                  "let the hosts reach all ports of each other, or name the interface that leads to them with "
+                  f"--interface, or try --launcher {other}")
 
 
 def _tried(words: Sequence[str], environ: Mapping[str, str], label: str, mend: str) -> list[Finding]:
