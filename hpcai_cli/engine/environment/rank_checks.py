@@ -12,7 +12,8 @@ from hpcai_cli.launchers import Ranks
 
 SECONDS = 180
 """Within which a job has ended: its ranks give up before that, with words of their own."""
-_OWN_WORDS = re.compile(r"error: .*|\w+Error: .*")
+_OWN_WORDS = (re.compile(r"\berror: .*"), re.compile(r"(?<=what\(\):  ).*"), re.compile(r"\w+Error: .*"))
+"""A rank's: ours, an exception's of C++, one of Python."""
 
 
 def here(probed: Mapping[str, dict]) -> list[Finding]:
@@ -56,15 +57,23 @@ def _tried(words: Sequence[str], environ: Mapping[str, str], label: str, mend: s
     code, output, errors = run([*words, launch.beside("hpcai"), "doctor", "--json"], seconds=SECONDS, environ=environ)
     document = next((each for each in json_lines(output) if "findings" in each), None)
     if document is None:
-        # Launchers have much to say after a rank's own words.
-        own = [match[0] for match in map(_OWN_WORDS.search, (output + errors).splitlines()) if match]
-        why = printable(own[0] if own else ending(code, errors))
-        return [Finding(f"allreduce, {label}", "missing", f"fails: {why}", mend, required=True)]
+        why = _reason(code, output, errors)
+        return [Finding(f"allreduce, {label}", "missing", f"fails: {printable(why)}", mend, required=True)]
     metrics = {f"{name}_{label}": value for name, value in document["metrics"].items()}
     return [Finding(f"{each['name']}, {label}", each["status"], each["value"], each["mend"] and mend,
                     # Each with its own: those of the allreduce and of the step begin with their names.
                     {name: value for name, value in metrics.items() if name.startswith(each["name"].replace(" ", "_"))},
                     required=True) for each in document["findings"]]
+
+
+def _reason(code: int, output: str, errors: str) -> str:
+    """Return why there is no result: a rank's own words, after which launchers have much to say, or the launcher's."""
+    lines = [line.strip() for line in f"{output}\n{errors}".splitlines() if re.search(r"\w", line)]
+    for pattern in _OWN_WORDS:
+        if own := next((match for match in map(pattern.search, lines) if match), None):
+            return own[0]
+    # A launcher begins with what happened, over some lines, and goes on with what may be the cause.
+    return " ".join(lines[:4]) if lines and code >= 0 else ending(code, errors)
 
 
 def _faster(found: Mapping[str, Sequence[Finding]]) -> list[Finding]:

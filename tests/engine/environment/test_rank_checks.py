@@ -36,7 +36,10 @@ def tried(*words: str) -> Finding:
     ("echo noise; echo '[1,0]<stderr>:[rank 0] error: b broke; mend a' >&2; echo 'mpirun has much to say'; exit 1",
      "fails: error: b broke; mend a"), ("kill -9 $$", "fails: killed by SIGKILL"),
     ("echo 'the launcher is unhappy' >&2; exit 3", "fails: the launcher is unhappy"), ("exit 9", "fails: exit code 9"),
-    ("echo '[0]<stdout>:{\"other\": 1}'; echo '{broken'", "fails: exit code 0")])
+    ("echo -----; echo 'a daemon was unable to connect:'; echo ' Local host: b'; echo -----; exit 1",
+     "fails: a daemon was unable to connect: Local host: b"),
+    ("echo '[1]<stderr>:  what():  HTTP request failed.' >&2; echo 'RuntimeError: Horovod detected'; exit 1",
+     "fails: HTTP request failed.")])
 def test_why_there_is_no_result(script, words):
     finding = tried("sh", "-c", script)
     assert finding.status == "missing" and finding.required
