@@ -145,16 +145,24 @@ def common_interface(names: Iterable[str]) -> tuple[str, str]:
     return found.pop() if len(found) == 1 else ("", "")
 
 
-def _interface_of(address: str) -> tuple[str, ipaddress.IPv4Network | None]:
-    """Return the interface that has this address, and its network."""
+def interface_addresses() -> dict[str, ipaddress.IPv4Interface]:
+    """Return the IPv4 address and network of each interface of this host that has one."""
+    found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, interface in socket.if_nameindex():
             request = struct.pack("256s", interface.encode())
             with contextlib.suppress(OSError):
                 own, mask = (socket.inet_ntoa(fcntl.ioctl(asked, code, request)[20:24])
                              for code in (_SIOCGIFADDR, _SIOCGIFNETMASK))
-                if own == address:
-                    return interface, ipaddress.ip_network(f"{own}/{mask}", strict=False)
+                found[interface] = ipaddress.ip_interface(f"{own}/{mask}")
+    return found
+
+
+def _interface_of(address: str) -> tuple[str, ipaddress.IPv4Network | None]:
+    """Return the interface that has this address, and its network."""
+    for interface, own in interface_addresses().items():
+        if str(own.ip) == address:
+            return interface, own.network
     return "", None
 
 

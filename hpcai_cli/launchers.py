@@ -156,6 +156,18 @@ def has_open_mpi() -> bool:
     return bool(shutil.which("mpirun")) and _linked_with_open_mpi()
 
 
+def srun_speaks_pmix() -> bool:
+    """Tell whether the Slurm of this host lets Open MPI's ranks find each other."""
+    if not shutil.which("srun"):
+        return False
+    try:
+        listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, errors="replace",
+                                timeout=START_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "pmix" in listed.stdout + listed.stderr
+
+
 @functools.cache
 def _linked_with_open_mpi() -> bool:
     package = importlib.util.find_spec("horovod")
@@ -176,7 +188,7 @@ def _launcher(asked: str, count: int, allotment: tuple[Host, ...]) -> str:
         MissingError: what was asked for is not there, or Horovod was not built for it.
     """
     if asked == "auto":
-        if sum(host.slots for host in allotment) >= count and _linked_with_open_mpi() and _srun_speaks_pmix():
+        if sum(host.slots for host in allotment) >= count and _linked_with_open_mpi() and srun_speaks_pmix():
             return "srun"
         return "mpirun" if has_open_mpi() else "horovodrun"
     if asked == "horovodrun":
@@ -187,21 +199,10 @@ def _launcher(asked: str, count: int, allotment: tuple[Host, ...]) -> str:
     if not _linked_with_open_mpi():
         raise MissingError(f"ranks that {asked} starts find each other by MPI, which Horovod was not built with",
                            expected="Horovod built with Open MPI", mend="run `hpcai doctor --build-horovod --with-mpi`")
-    if asked == "srun" and not _srun_speaks_pmix():
+    if asked == "srun" and not srun_speaks_pmix():
         raise MissingError("this Slurm starts no Open MPI ranks", expected="pmix in `srun --mpi=list`",
                            mend="use --launcher mpirun")
     return asked
-
-
-def _srun_speaks_pmix() -> bool:
-    if not shutil.which("srun"):
-        return False
-    try:
-        listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, errors="replace",
-                                timeout=START_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return "pmix" in listed.stdout + listed.stderr
 
 
 def _check_interface(name: str, *, several: bool) -> None:

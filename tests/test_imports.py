@@ -78,8 +78,7 @@ def test_the_engine_knows_nothing_above_it(path):
 
 @pytest.mark.parametrize("path", files("hpcai_cli/engine"))
 def test_horovod_is_imported_in_one_place(path):
-    # The doctor looks at what is installed, whatever state it is in, in a process of its own.
-    if path.stem not in ("distributed", "doctor"):
+    if path.stem != "distributed":
         assert "horovod" not in {room(name) for name, _ in imports(path)}
 
 

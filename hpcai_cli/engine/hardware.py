@@ -18,7 +18,7 @@ def share_cores(*, local_rank: int, local_size: int) -> int:
     srun) has done the sharing.
     """
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, machine.cores() // local_size)
+    share = machine.share(local_size)
     # horovodrun binds nobody, and --np asks mpirun not to: fewer cores than the machine has are then the whole job's.
     unbound = launch.place().launcher == "horovodrun" or launch.STARTED_VARIABLE in os.environ
     bound = len(cores) < (os.cpu_count() or 1) and not unbound

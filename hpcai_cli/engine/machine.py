@@ -6,30 +6,30 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from hpcai_cli.engine.cgroup import Groups
+
 
 def cores() -> int:
     """Return how many cores this process may use: its affinity, and the container's quota where there is one."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return count  # no such file, or the quota is `max`
+    quota = Groups().cores()
+    return count if quota is None else min(count, max(1, int(quota)))
+
+
+def share(local_size: int) -> int:
+    """Return how many cores, and so threads, each of so many ranks of this host gets."""
+    return max(1, cores() // local_size)
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Return total and available memory; a container's own limit counts as total. Zeros where it is not known."""
+    """Return total and available memory; a container's or a job's own limit counts as total. Zeros where unknown."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, available = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
         return 0, 0
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total, min(total, available)
+    limit, left = Groups().memory() or (total, available)
+    return min(total, limit), min(total, limit, available, left)
 
 
 def instruction_sets() -> str:

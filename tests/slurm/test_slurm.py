@@ -75,6 +75,18 @@ def test_mnist_by_srun_to_the_accuracy_outside_of_slurm(slurm, train_mnist):
     assert json.loads(done.stdout)["metrics"]["accuracy"] == accuracy
 
 
+def test_ranks_that_srun_has_started_are_tried_by_the_doctor(slurm):
+    done = slurm.run("srun", "--mpi=pmix", "--ntasks", 2, HPCAI, "doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [(finding["name"], finding["status"]) for finding in document["findings"]] == [
+        ("allreduce", "ok"), ("training step", "ok")]
+    assert "2 ranks over MPI" in document["findings"][0]["value"]
+    said = slurm.run(sys.executable, "-c", "from hpcai_cli.engine.environment import software; "
+                     "print(software._slurm().value)")
+    assert said.stdout.startswith("slurm") and said.stdout.endswith("with PMIx\n"), said
+
+
 def test_srun_without_pmix_is_refused(slurm):
     done = slurm.run("srun", "--mpi=none", "--ntasks", 2, HPCAI, *TRAIN, "--output", "apart")
     assert done.returncode == 4, done.stderr

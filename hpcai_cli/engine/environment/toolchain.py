@@ -84,13 +84,31 @@ def tensorflow_version() -> str | None:
 def mpi_version() -> str:
     """Return name and version of the installed MPI as one word, such as `openmpi4.1.4`; empty where none is."""
     for command in (["mpirun", "--version"], ["mpicxx", "-show"]):
-        text = first_output(command)
-        version = re.search(r"\d+(?:\.\d+)+", text)
-        for mark, name in (("Open MPI", "openmpi"), ("openmpi", "openmpi"), ("Intel", "intelmpi"),
-                           ("HYDRA", "mpich"), ("mpich", "mpich")):
-            if mark in text:
-                return name + (version.group() if version else "")
+        if name := mpi_named(first_output(command)):
+            return name
     return "mpi" if shutil.which("mpicxx") else ""
+
+
+def mpi_named(text: str) -> str:
+    """Return name and version of the MPI that a text is about, as one word; empty where it names none."""
+    version = re.search(r"\d+(?:\.\d+)+", text)
+    for mark, name in (("Open MPI", "openmpi"), ("openmpi", "openmpi"), ("Intel", "intelmpi"), ("HYDRA", "mpich"),
+                       ("MPICH", "mpich"), ("mpich", "mpich")):
+        if mark in text:
+            return name + (version.group() if version else "")
+    return ""
+
+
+def nccl_version() -> str:
+    """Return the version of the installed NCCL, empty where there is none."""
+    if files := _nccl_files():
+        text = (files[0] / "nccl.h").read_text(errors="replace")
+        return ".".join(re.findall(r"#define\s+NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", text)[:3])
+    try:
+        # Without its header it still carries what TensorFlow sends.
+        return metadata.version(_NCCL_PACKAGE)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def parallel_jobs() -> int:
@@ -121,9 +139,7 @@ def _nccl_problems() -> Iterator[str]:
 
 
 def _nccl() -> Nccl:
-    include, library, from_pip = _nccl_files()
-    numbers = re.findall(r"#define\s+NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", (include / "nccl.h").read_text())
-    return Nccl(".".join(numbers[:3]), _cuda_home(), include, library, from_pip)
+    return Nccl(nccl_version(), _cuda_home(), *_nccl_files())
 
 
 def _cuda_home() -> Path | None:
