@@ -193,7 +193,7 @@ def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments:
         arguments += ["--set", f"{key}={value}"]
     outcome = rank_processes.run_ranks(ranks, arguments, [file, run.folder])
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        error = HpcaiError(f"{outcome.who} ended without a word of its own",
+        error = HpcaiError(outcome.happened,
                            mend=f"run it again with --verbose, or go on with `hpcai train --resume {run.folder}`",
                            received=outcome.launcher_words)
         run.record_failure(rank=outcome.rank, error=error, exit_code=error.exit_code)

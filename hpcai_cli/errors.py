@@ -1,5 +1,7 @@
 """What can go wrong for a person, each kind with the exit code that a script sees."""
 
+import re
+
 EXIT_STOPPED = 75
 """Stopped early, resumable; sysexits.h calls it EX_TEMPFAIL."""
 
@@ -85,3 +87,8 @@ class StoppedEarly(HpcaiError):
 
     exit_code = EXIT_STOPPED
     collective = True
+
+
+def is_aftermath(error: BaseException) -> bool:
+    """Tell whether an error only says that another rank has ended: what ended that one is the job's failure."""
+    return bool(re.search(r"Horovod has been shut down|gloo/transport/.*(?:reset|closed) by peer", str(error)))

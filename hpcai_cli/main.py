@@ -20,7 +20,7 @@ from hpcai_cli.commands.predict import predict
 from hpcai_cli.commands.preprocess import preprocess
 from hpcai_cli.commands.recipes import recipes
 from hpcai_cli.commands.train import train
-from hpcai_cli.errors import HpcaiError, StoppedEarly
+from hpcai_cli.errors import HpcaiError, StoppedEarly, is_aftermath
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C where there is nothing to resume, as shells number it."""
@@ -48,6 +48,9 @@ class _FrontDoor(TyperGroup):
             _show_traceback()
             sys.exit(error.exit_code)
         except Exception as error:
+            if is_aftermath(error):
+                console.note("another rank has ended, and this one cannot go on without it")
+                sys.exit(HpcaiError.exit_code)
             first_line = (str(error).strip() or "no message").split("\n")[0]
             console.fail(f"unexpected failure: {type(error).__name__}: {first_line}; "
                          "set HPCAI_DEBUG=1 and run it again for the details")

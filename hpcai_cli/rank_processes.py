@@ -19,6 +19,8 @@ from hpcai_cli.errors import EXIT_STOPPED, HpcaiError
 from hpcai_cli.launch import ANNOUNCEMENT, TERMINAL_VARIABLE, VERBOSE_VARIABLE, beside
 from hpcai_cli.launchers import Ranks
 
+_CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -31,11 +33,14 @@ class Outcome:
     """Whether a rank said on stderr what went wrong."""
     launcher_words: str = ""
     """What the launcher itself printed last."""
+    signal: str = ""
+    """The signal that ended the rank; SIGKILL is how a kernel without memory, or a batch system, ends processes."""
 
     @property
-    def who(self) -> str:
-        """The rank that failed, or the launcher."""
-        return "the launcher" if self.rank is None else f"rank {self.rank}"
+    def happened(self) -> str:
+        """What can be said of an end without a rank's own words."""
+        who = "the launcher" if self.rank is None else f"rank {self.rank}"
+        return f"{who} was ended by {self.signal}" if self.signal else f"{who} ended without a word of its own"
 
 
 def run_command(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()) -> None:
@@ -51,7 +56,7 @@ def run_command(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = 
     """
     outcome = run_ranks(ranks, arguments, files)
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        raise HpcaiError(f"{outcome.who} ended without a word of its own", mend="run it again with --verbose",
+        raise HpcaiError(outcome.happened, mend="run it again with --verbose",
                          received=outcome.launcher_words)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
@@ -95,8 +100,9 @@ class _Reader:
     _MPI_CODE = re.compile(r"\s*Exit code:\s+(\d+)")
     _MPI_SIGNAL = re.compile(r"mpirun noticed that process rank (\d+) .* exited on signal (\d+)")
     _SRUN_CODE = re.compile(r"srun: error: .*: tasks? (\d+)[\d,-]*: Exited with exit code (\d+)")
-    _SRUN_SIGNAL = re.compile(r"srun: error: .*: tasks? (\d+)[\d,-]*: (Killed|Segmentation fault|Aborted|Bus error|"
-                              r"Illegal instruction)")
+    _SRUN_SIGNALS = {"Killed": signal.SIGKILL, "Segmentation fault": signal.SIGSEGV, "Aborted": signal.SIGABRT,
+                     "Bus error": signal.SIGBUS, "Illegal instruction": signal.SIGILL}
+    _SRUN_SIGNAL = re.compile(rf"srun: error: .*: tasks? (\d+)[\d,-]*: ({'|'.join(_SRUN_SIGNALS)})")
 
     def __init__(self, process: subprocess.Popen, *, is_srun: bool = False):
         self._process, self._is_srun = process, is_srun
@@ -119,7 +125,7 @@ class _Reader:
             return Outcome(code, None, self._reported, self._words)
         rank, status = self._failed
         return Outcome(status if status in (1, 2, 3, 4, 5, 6, EXIT_STOPPED) else 1, rank, self._reported,
-                       f"status {status}")
+                       f"status {status}", _crash(status))
 
     def _pump_labels(self, stream, kind: str) -> None:
         for line in stream:
@@ -168,12 +174,20 @@ class _Reader:
         elif match := self._SRUN_CODE.match(line):
             failed = int(match[1]), int(match[2])
         elif match := self._SRUN_SIGNAL.match(line):
-            failed = int(match[1]), -1
-        self._failed = self._failed or failed
+            failed = int(match[1]), -self._SRUN_SIGNALS[match[2]]
+        # A rank that crashed is the cause, also where one that it left behind was seen to end before.
+        if failed and (self._failed is None or _crash(failed[1]) and not _crash(self._failed[1])):
+            self._failed = failed
         if line.strip():
             self._words = line.strip()
         if os.environ.get(VERBOSE_VARIABLE):
             _pass_on(sys.stderr, line)
+
+
+def _crash(status: int) -> str:
+    """Return the signal that a status stands for, of those that nobody sends to ranks that are merely in the way."""
+    number = -status if status < 0 else status - 128
+    return signal.Signals(number).name if number in _CRASHES else ""
 
 
 def _pass_on(stream, text: str) -> None:

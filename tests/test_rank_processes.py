@@ -92,11 +92,14 @@ def test_with_verbose_all_is_shown(capsys, monkeypatch):
 @pytest.mark.parametrize(("code", "told"), [(2, 2), (3, 3), (6, 6), (75, 75), (9, 1), (137, 1)])
 def test_mpirun_tells_the_rank_that_failed_first(code, told):
     outcome = read("", MPI_FAILURE.format(rank=3, code=code), code=code)
-    assert outcome == Outcome(told, 3, reported=False, launcher_words=f"status {code}")
+    assert outcome == Outcome(told, 3, reported=False, launcher_words=f"status {code}",
+                              signal="SIGKILL" if code == 137 else "")
 
 
 def test_mpirun_tells_the_rank_that_was_killed():
-    assert read("", MPI_SIGNAL.format(rank=1, number=9), code=137) == Outcome(1, 1, launcher_words="status -9")
+    outcome = read("", MPI_SIGNAL.format(rank=1, number=9), code=137)
+    assert outcome == Outcome(1, 1, launcher_words="status -9", signal="SIGKILL")
+    assert outcome.happened == "rank 1 was ended by SIGKILL"
 
 
 def test_horovodrun_tells_the_ranks_that_failed_and_the_first_counts(capsys):
@@ -123,13 +126,19 @@ def test_lines_of_srun_are_told_apart(capsys):
 
 @pytest.mark.parametrize(("words", "outcome"), [
     ("srun: error: node1: tasks 0-3: Exited with exit code 75\n", Outcome(75, 0, launcher_words="status 75")),
-    ("srun: error: node1: task 2: Killed\n", Outcome(1, 2, launcher_words="status -1")),
-    ("srun: error: node1: task 2: Segmentation fault (core dumped)\n", Outcome(1, 2, launcher_words="status -1")),
+    ("srun: error: node1: task 2: Killed\n", Outcome(1, 2, launcher_words="status -9", signal="SIGKILL")),
+    ("srun: error: node1: task 2: Segmentation fault (core dumped)\n",
+     Outcome(1, 2, launcher_words="status -11", signal="SIGSEGV")),
     ("srun: error: Unable to create step for job 7: More processors requested than permitted\n", Outcome(
         9, None, launcher_words="srun: error: Unable to create step for job 7: More processors requested than "
                                 "permitted"))])
 def test_srun_tells_the_task_that_failed_first(words, outcome):
     assert read("", words, code=9, is_srun=True) == outcome
+
+
+def test_a_rank_that_crashed_is_the_cause_also_where_another_was_seen_to_end_before():
+    words = "Process 0 exit with status code 1.\nProcess 1 exit with status code 137.\n"
+    assert read("", words, code=1) == Outcome(1, 1, launcher_words="status 137", signal="SIGKILL")
 
 
 # ---- Where the ranks are -------------------------------------------------------------------------------------------

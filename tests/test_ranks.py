@@ -192,14 +192,18 @@ def test_the_first_failing_rank_is_named(folder):
 
 
 @needs_horovod
-def test_a_rank_that_is_killed_fails_the_job(folder):
+@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
+def test_a_rank_that_is_killed_fails_the_job(folder, launcher):
     events = folder / "killed" / "events.jsonl"
-    with started(HPCAI, "train", "./tiny.py", "--np", "2", "--epochs", "100000", "--output", "killed") as job:
+    with started(HPCAI, "train", "./tiny.py", "--np", "2", "--launcher", launcher, "--epochs", "100000", "--output",
+                 "killed") as job:
         wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job)
         os.kill(process_of_rank(1, str(folder)), signal.SIGKILL)
         _, errors = job.communicate(timeout=90)
     assert job.returncode == 1, errors
-    assert json.loads((folder / "killed" / "failure.json").read_text())["exit_code"] == 1
+    assert "error: rank 1 was ended by SIGKILL" in errors and errors.count("error:") == 1, errors
+    failure = json.loads((folder / "killed" / "failure.json").read_text())
+    assert (failure["exit_code"], failure["rank"]) == (1, 1) and "SIGKILL" in failure["message"]
 
 
 @needs_horovod

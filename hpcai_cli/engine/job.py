@@ -18,7 +18,7 @@ from hpcai_cli.cache import cache_folder
 from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
-from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError
+from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError, is_aftermath
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
@@ -111,6 +111,8 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                            autotune_log=autotune_log)
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
+        if is_aftermath(error):
+            raise
         code = error.exit_code if isinstance(error, HpcaiError) else 1
         # What fails on all ranks alike is rank 0's to record.
         if code != EXIT_STOPPED and (ranks.rank == 0 or not getattr(error, "collective", False)):
