@@ -23,13 +23,15 @@ def groups(parts: int) -> list[list[int]]:
         UsageError: it cannot be told how many ranks the job has, and their groups have to be known before they meet.
     """
     place = launch.place()
-    if parts == 1 or place.size % parts:
-        # What doesn't divide is refused with the request's other faults (`check`).
+    if parts == 1:
         return []
     if not place.is_size_known:
         raise UsageError(f"{place.launcher} does not say how many processes it has started",
                          expected="a number, for --tensor-parallel to group them", mend="start them with --np",
                          received=parts)
+    if place.size % parts:
+        # This is refused with the request's other faults (`check`).
+        return []
     found = [sharing(rank, parts) for rank in range(0, place.size, parts)]
     found += [alike(rank, parts, place.size) for rank in range(parts)]
     return [group for group in found if 1 < len(group) < place.size]

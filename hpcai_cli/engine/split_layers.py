@@ -164,7 +164,7 @@ def split(layer: keras.Layer, kind: type, exchange: Exchange, place: str) -> Non
             _replace(layer, name, exchange.own(whole.numpy(), axis), penalty)
     layer.__class__, layer.exchange, layer.place = kind, exchange, place
     if kind is RowDense:
-        layer.input_spec = keras.InputSpec(min_ndim=2, axes={-1: layer._kernel.shape[0]})
+        layer.input_spec = keras.InputSpec(min_ndim=2, axes={-1: layer.kernel.shape[0]})
 
 
 def make_whole(layer: keras.Layer, values: dict[str, np.ndarray]) -> None:
@@ -197,8 +197,6 @@ def _replace(layer: keras.Layer, name: str, value: np.ndarray, regularizer) -> N
         layer._untrack_variable(variable)
     layer._tracker.unlock()
     for variable in variables:
-        if variable is old:
-            setattr(layer, {"kernel": "_kernel"}.get(name, name), new)
-        else:
-            layer._track_variable(variable)
+        layer._track_variable(new if variable is old else variable)
+    setattr(layer, "_kernel" if name == "kernel" else name, new)
     layer._tracker.lock()
