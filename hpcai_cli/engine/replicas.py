@@ -16,7 +16,8 @@ class Replicas:
 
     With more than one part, dense layers are split over the ranks of a copy (tensor parallelism, arXiv 1909.08053), and
     everything else is on each of them. All ranks of a copy see the same examples. Checkpoints and model files are those
-    of a whole model.
+    of a whole model. Each rank builds the whole before it keeps its part, and rank 0 gathers weights and optimizer for
+    each checkpoint: what shrinks is what lies in memory meanwhile.
 
     Attributes:
         rank: the number of the copy that this rank holds, or shares.
