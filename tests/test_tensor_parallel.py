@@ -191,6 +191,7 @@ def test_a_loss_that_is_no_number_and_a_model_without_wide_layers_end_in_one_sen
     (("--np", "2", "--set", "optimizer=lamb"), "lamb steps by the norm of each whole layer"),
     (("--np", "2", "--precision", "mixed_float16"), "mixed_float16 skips a step by the whole gradient"),
     (("--np", "2", "--set", "gradient_reduction=adasum"), "Adasum combines the gradients of all processes"),
+    (("--np", "2", "--autotune"), "--autotune tunes what all processes do together"),
     (("--np", "2", "--profile", "1-2"), "--profile does not know what passes between the parts"),
     (("--tensor-parallel", "0"), "Invalid value for '--tensor-parallel'")])
 def test_what_cannot_be_is_refused_before_the_start(folder, hpcai, words, said):

@@ -1,5 +1,7 @@
 """Which ranks share a model, which of them hold the same part of it, and what cannot be trained that way."""
 
+import os
+
 from hpcai_cli import launch
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
@@ -56,6 +58,8 @@ def check(recipe: Recipe, *, parts: int, size: int, profiled: bool) -> None:
         problems.append("mixed_float16 skips a step by the whole gradient, and each process would decide for itself")
     if recipe.gradient_reduction == "adasum":
         problems.append("Adasum combines the gradients of all processes, and not of some")
+    if os.environ.get("HOROVOD_AUTOTUNE", "0") != "0":
+        problems.append("--autotune tunes what all processes do together, and not what groups of them do")
     if profiled:
         problems.append("--profile does not know what passes between the parts of a model")
     if problems:
