@@ -39,6 +39,8 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's event files too.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="FIRST-LAST", help="Trace these steps into RUN/profile, and "
                                                 "say where their time goes.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, metavar="T", help="Processes that share a model: each holds a "
+                                                 "part of its wide dense layers.")] = 1,
     prove: Annotated[bool, typer.Option("--prove", help="Show instead, in a few steps, that these processes train as "
                                         "one with batches as large as all of theirs.")] = False,
     fusion: options.Fusion = options.UNFUSED,
@@ -57,6 +59,7 @@ def train(
         $ hpcai train mnist --set architecture=tutorial --epochs 3 --batch-size 32
         $ hpcai train ./mine.py --data mine.h5 --output runs/first
         $ hpcai train --resume runs/first
+        $ hpcai train mnist-mlp --np 2 --tensor-parallel 2
         $ hpcai train mnist --np 2 --profile 100-120
         $ hpcai train mnist --energy
         $ hpcai train mnist --np 2 --prove
@@ -92,7 +95,7 @@ def train(
     source = entry.data_source()
     functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
     request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
-                          resume, tensorboard, steps, energy or power_file is not None, power_file)
+                          resume, tensorboard, steps, energy or power_file is not None, power_file, tensor_parallel)
     if prove:
         _prove(ranks, request, assignments, json)
         return
@@ -114,7 +117,8 @@ def train(
 def _prove(ranks: Ranks | None, request, assignments: dict[str, str], json: bool) -> None:
     """Compare these processes with one, and print what came out."""
     given = {"--output": request.output, "--resume": request.resume, "--tensorboard": request.tensorboard,
-             "--profile": request.profile, "--energy": request.energy}
+             "--profile": request.profile, "--energy": request.energy,
+             "--tensor-parallel": request.tensor_parallel > 1}
     if named := [option for option, value in given.items() if value]:
         raise UsageError("--prove trains a few steps and keeps nothing of them", expected=f"no {named[0]} with it")
     if ranks:
@@ -188,7 +192,9 @@ def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments:
     arguments = ["train", request.reference, "--data", str(file), "--resume" if request.resume else "--output",
                  str(run.folder), *options.words({
                      "--tensorboard": request.tensorboard, "--profile": "-".join(map(str, request.profile or ())),
-                     "--energy": request.energy, "--power-file": request.power_file, "--json": json})]
+                     "--energy": request.energy, "--power-file": request.power_file,
+                     "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
+                     "--json": json})]
     for key, value in assignments.items():
         arguments += ["--set", f"{key}={value}"]
     outcome = rank_processes.run_ranks(ranks, arguments, [file, run.folder])

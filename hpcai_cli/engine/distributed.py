@@ -16,6 +16,7 @@ class Serial:
     """One process: every collective operation is the identity."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    parts = 1
     operations = None
 
     def reduce(self, gradients, averages, sums, *, half: bool = False, adasum: bool = False):
@@ -53,8 +54,11 @@ class Horovod:
         groups: the ranks of each process set that is needed beside that of all, in the same order on all ranks.
 
     Attributes:
-        operations: these bare operations, `horovod.tensorflow`, for what measures them.
+        operations: these bare operations, `horovod.tensorflow`, for what measures them or needs them in a group.
+        parts: ranks that share a model, as of `replicas.Replicas`, which can take the place of ranks.
     """
+
+    parts = 1
 
     def __init__(self, groups: Sequence[Sequence[int]] = ()):
         import horovod.tensorflow as hvd
@@ -264,8 +268,12 @@ def on_rank_zero(ranks: Serial | Horovod, function: Callable):
     return outcome["value"]
 
 
-def prove_in_step(ranks: Serial | Horovod, variables, *, when: str) -> str:
+def prove_in_step(ranks: Serial | Horovod, variables, *, when: str,
+                  like: Callable[[int], int] = lambda rank: 0) -> str:
     """Compare a hash of the variables over all ranks and return it.
+
+    Args:
+        like: returns the first rank that should hold the same as a rank; rank 0 for all by default.
 
     Raises:
         DivergedError: they differ: the ranks train different models.
@@ -274,7 +282,7 @@ def prove_in_step(ranks: Serial | Horovod, variables, *, when: str) -> str:
     for variable in variables:
         digest.update(np.ascontiguousarray(variable.numpy()))
     gathered = ranks.gather(np.frombuffer(digest.digest(), np.uint8).reshape(1, -1))
-    apart = [rank for rank, other in enumerate(gathered) if bytes(other) != bytes(gathered[0])]
+    apart = [rank for rank, other in enumerate(gathered) if bytes(other) != bytes(gathered[like(rank)])]
     if apart:
         raise DivergedError(f"the weights of ranks {apart} differ from rank 0's {when}",
                             expected="the same weights on every rank", received=digest.hexdigest()[:12])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hpcai_cli import console, launch
 from hpcai_cli.cache import cache_folder
+from hpcai_cli.engine import rank_groups
 from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
@@ -50,6 +51,8 @@ class Request:
     energy: bool = False
     power_file: Path | None = None
     """A power meter's, in place of the hosts' own counters."""
+    tensor_parallel: int = 1
+    """Ranks that share a model."""
 
 
 def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
@@ -60,12 +63,14 @@ def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
 
     Raises:
         DataError: the data are missing or don't fit the recipe, or the power meter's file cannot be read.
-        UsageError: the run's folder cannot be made, or the run has no such steps to profile.
+        UsageError: the run's folder cannot be made, the run has no such steps to profile, or the model cannot be split
+            over so many ranks.
     """
     run = Run.open(request.resume) if request.resume else None
     file = Path(run.manifest()["data"]) if run and not request.data else data_of(request)
     dataset = Dataset(file)
     recipe = fitted(request.recipe, dataset)
+    rank_groups.check(recipe, parts=request.tensor_parallel, size=size, profiled=request.profile is not None)
     if request.profile:
         _check_profile(request.profile, recipe, dataset, size)
     if request.power_file:
@@ -81,17 +86,27 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     """
     # TensorFlow loads here and not at import, so that a process that only starts others does without it.
     with console.quiet():
-        from hpcai_cli.engine import autotune, distributed, energy, hardware, profiled_ranks, profiling, training
+        from hpcai_cli.engine import (
+            autotune,
+            distributed,
+            energy,
+            hardware,
+            profiled_ranks,
+            profiling,
+            replicas,
+            training,
+        )
 
         autotune_log = autotune.begin()
-        ranks = profiled_ranks.join() if request.profile else distributed.start()
+        groups = rank_groups.groups(request.tensor_parallel)
+        ranks = profiled_ranks.join() if request.profile else distributed.start(groups)
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
     # Rank 0 chooses for all: in a mixed cluster the ranks would compute in different precisions, unseen by the proof.
     policy, reason = ranks.broadcast_json(hardware.choose_precision(request.recipe.precision))
     hardware.set_precision(policy)
     request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, precision=policy))
     facts = {"world_size": ranks.size, "hosts": launch.place().hosts, "threads_per_rank": threads,
-             "precision": policy, "precision_reason": reason}
+             "precision": policy, "precision_reason": reason, "tensor_parallel": request.tensor_parallel}
     if ranks.size > 1:
         facts["horovod"] = autotune.settings()
     folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size))
@@ -108,7 +123,7 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                            profiler=request.profile and profiling.Profiler(
                                request.profile, run.profile, ranks, request.recipe, threads),
                            energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
-                           autotune_log=autotune_log)
+                           autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel))
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
         if is_aftermath(error):

@@ -97,11 +97,17 @@ def spread_random_state(model: keras.Model, rank: int) -> None:
             variable.assign(state)
 
 
-def arrays(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> dict[str, np.ndarray]:
-    """Return all state of model and optimizer as arrays, named by kind and number."""
-    return {f"{kind}-{number}": variable.numpy()
-            for kind, owner in (("model", model), ("optimizer", optimizer))
+def named_variables(model: keras.Model,
+                    optimizer: keras.optimizers.Optimizer | None = None) -> dict[str, keras.Variable]:
+    """Return all state of model and optimizer, named by kind and number as in checkpoints."""
+    return {f"{kind}-{number}": variable
+            for kind, owner in (("model", model), ("optimizer", optimizer)) if owner is not None
             for number, variable in enumerate(owner.variables)}
+
+
+def arrays(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> dict[str, np.ndarray]:
+    """Return all state of model and optimizer as arrays, as checkpoints hold them."""
+    return {name: variable.numpy() for name, variable in named_variables(model, optimizer).items()}
 
 
 def restore(values: dict[str, np.ndarray], model: keras.Model,
@@ -111,13 +117,19 @@ def restore(values: dict[str, np.ndarray], model: keras.Model,
     Raises:
         DataError: they belong to another model.
     """
-    for kind, owner in (("model", model), ("optimizer", optimizer)):
-        variables = owner.variables if owner is not None else []
-        for number, variable in enumerate(variables):
-            value = values.get(f"{kind}-{number}")
-            if value is None or tuple(value.shape) != tuple(variable.shape):
-                raise DataError(f"the checkpoint is of another {kind}: {variable.path} does not fit",
-                                expected=f"shape {tuple(variable.shape)}",
-                                mend="resume with the recipe that the run began with",
-                                received=None if value is None else tuple(value.shape))
-            variable.assign(value)
+    for name, variable in named_variables(model, optimizer).items():
+        value = values.get(name)
+        check_fits(name, variable, value, tuple(variable.shape))
+        variable.assign(value)
+
+
+def check_fits(name: str, variable: keras.Variable, value: np.ndarray | None, shape: tuple[int, ...]) -> None:
+    """Check that a checkpoint holds a variable, in this shape.
+
+    Raises:
+        DataError: it doesn't.
+    """
+    if value is None or tuple(value.shape) != shape:
+        raise DataError(f"the checkpoint is of another {name.partition('-')[0]}: {variable.path} does not fit",
+                        expected=f"shape {shape}", mend="resume with the recipe that the run began with",
+                        received=None if value is None else tuple(value.shape))

@@ -84,7 +84,7 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
         gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(
             inputs, labels, weights, seed)
         sums = tf.concat([sums[:1] / ranks.size, sums[1:], [stop]], axis=0)
-        if ranks.size > 1:
+        if ranks.size * ranks.parts > 1:
             # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
             # rank. Batch norm's moving statistics are averaged too, or the ranks would hold different models.
             gradients, means, sums = ranks.reduce(

@@ -25,7 +25,7 @@ class TimedRanks:
     """
 
     def __init__(self, ranks: Serial | Horovod):
-        self._ranks, self.size, self.gradient_bytes = ranks, ranks.size, 0
+        self._ranks, self.size, self.parts, self.gradient_bytes = ranks, ranks.size, ranks.parts, 0
         with tf.device("CPU:0"):
             self.seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
 

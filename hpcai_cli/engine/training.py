@@ -16,19 +16,18 @@ from hpcai_cli import console
 from hpcai_cli.engine import autotune, batch_norm, checkpoint, evaluation, history
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
-from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero, prove_in_step
+from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
 from hpcai_cli.engine.energy import JobMeter
 from hpcai_cli.engine.model import (
     adapt,
-    arrays,
     build,
     is_random_state,
-    restore,
     settle_statistics,
     spread_random_state,
 )
 from hpcai_cli.engine.pipeline import Block, Pipeline
 from hpcai_cli.engine.profiling import Profiler
+from hpcai_cli.engine.replicas import Replicas
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset, Split
 from hpcai_cli.engine.task import class_weights, task_of
@@ -70,6 +69,11 @@ class Job:
     """Measures the joules from here to the result."""
     autotune_log: Path | None = None
     """Where Horovod writes what it tries, on rank 0."""
+    replicas: Replicas | None = None
+    """The copies of the model among the ranks; one on each by default."""
+
+    def __post_init__(self):
+        self.replicas = self.replicas or Replicas(self.ranks)
 
 
 @dataclass
@@ -124,7 +128,7 @@ def train(job: Job, *, resume: bool) -> dict:
         DivergedError: the loss is no number, or the ranks fell out of step.
         DataError: the checkpoint or the data don't belong to this run.
     """
-    recipe, ranks, run = job.recipe, job.ranks, job.run
+    recipe, ranks, replicas, run = job.recipe, job.ranks, job.replicas, job.run
     if recipe.gradient_reduction == "adasum":
         ranks.require_adasum()
     started = time.monotonic()
@@ -133,26 +137,31 @@ def train(job: Job, *, resume: bool) -> dict:
 
     # ---- Build everything; rank 0's values count.
     split = job.dataset.split("train")
-    pipeline = Pipeline(job.teacher.joined(split) if job.teacher else split, seed=recipe.seed, rank=ranks.rank,
-                        size=ranks.size, batch_size=recipe.batch_size * recipe.accumulation_steps)
+    pipeline = Pipeline(job.teacher.joined(split) if job.teacher else split, seed=recipe.seed, rank=replicas.rank,
+                        size=replicas.size, batch_size=recipe.batch_size * recipe.accumulation_steps)
     model = build(recipe, job.build_model)
-    optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=ranks.size)
+    if not resume:
+        on_rank_zero(ranks, lambda: adapt(recipe, model, job.adapt, split.inputs, split.labels))
+    replicas.split(model, recipe.input_shape)
+    optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=replicas.size)
     optimizer.build(model.trainable_variables)
+    replicas.attach(model, optimizer)
     # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
-    at = Position(**on_rank_zero(ranks, lambda: (_resumed if resume else _begun)(job, model, optimizer)))
+    at = Position(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
     # Counted from the epoch's end, since its rest may take another number of steps than this job's size would have.
     place = (at.epoch + 1) * pipeline.steps_per_epoch - -(-(len(split) - at.cursor) // pipeline.global_batch_size)
     if place != at.step:
         # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
         getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
-    ranks.broadcast([*model.variables, *optimizer.variables])
+    replicas.broadcast(model, optimizer)
     settle_statistics(model)
-    spread_random_state(model, ranks.rank)
+    spread_random_state(model, replicas.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
     if recipe.sync_batch_norm:
         batch_norm.synchronize(model, ranks)
-    prove_in_step(ranks, weights, when="at the start")
-    watch = LagWatch(ranks, job.profiler.step_ranks if job.profiler else ranks)
+    replicas.prove(weights, when="at the start")
+    # Ranks that share a model wait for each other within a step, which the watch would take for work of their own.
+    watch = LagWatch(ranks if replicas.parts == 1 else Serial(), job.profiler.step_ranks if job.profiler else replicas)
     compiled = partial(compile_steps, model, optimizer, recipe, watch.step_ranks, block=next(pipeline.blocks(0)),
                        weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
                        pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs))
@@ -170,7 +179,7 @@ def train(job: Job, *, resume: bool) -> dict:
         def after_block() -> None:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
-                prove_in_step(ranks, weights, when="after the first step")
+                replicas.prove(weights, when="after the first step")
                 _event(job, "first_step", step=at.step)
                 # It warms up, which nobody else waits for again.
                 watch.restart(at.step)
@@ -185,7 +194,7 @@ def train(job: Job, *, resume: bool) -> dict:
             watch.restart(at.step)
             stop_asked = run_blocks(job, at, chosen, blocks, after_block)
             own_ms = watch.own_ms(at.step)
-            _prove_finite(model, at)
+            _prove_finite(job, model, at)
             if stop_asked and at.cursor < len(split):
                 _save(job, at, model, optimizer, weights)
                 _raise_stopped(job, at, samples=at.epoch * len(split) + at.cursor - done)
@@ -205,8 +214,8 @@ def train(job: Job, *, resume: bool) -> dict:
         job.profiler.close()
     if at.best and at.best["step"] != at.step:
         best = at.best["step"]
-        on_rank_zero(ranks, lambda: restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
-        ranks.broadcast(model.variables)
+        on_rank_zero(ranks, lambda: replicas.restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
+        replicas.broadcast(model)
         settle_statistics(model)
     return _finish(job, at, model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
 
@@ -223,7 +232,7 @@ def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block],
             # The pipeline gives the same array for all whole blocks.
             whole = block.weights, tf.constant(block.weights)
         # The seed depends on the run's seed, the step and the rank, and on nothing else.
-        seed = tf.constant([job.recipe.seed % 2**31, at.step * job.ranks.size + job.ranks.rank], tf.int32)
+        seed = tf.constant([job.recipe.seed % 2**31, at.step * job.replicas.size + job.replicas.rank], tf.int32)
         # tf.constant copies, so that the pipeline may fill its buffers again while an accelerator still computes.
         sums = steps(tf.constant(block.inputs), tf.constant(block.labels), whole[1], seed,
                      tf.constant(float(bool(job.stop.received))), tf.constant(len(block.examples)))
@@ -237,13 +246,6 @@ def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block],
     return meter.stop_asked
 
 
-def _begun(job: Job, model, optimizer) -> dict:
-    """Fit what the model takes from the data, on rank 0, and begin at the beginning."""
-    split = job.dataset.split("train")
-    adapt(job.recipe, model, job.adapt, split.inputs, split.labels)
-    return {}
-
-
 def _resumed(job: Job, model, optimizer) -> dict:
     """Restore the newest checkpoint that verifies, on rank 0, and return where it stands."""
     state, passed = checkpoint.newest(job.run.checkpoints)
@@ -252,7 +254,7 @@ def _resumed(job: Job, model, optimizer) -> dict:
     if state.fingerprint != job.dataset.fingerprint:
         raise DataError("the dataset file is not the one that the run began with",
                         expected=f"fingerprint {state.fingerprint[:12]}", received=job.dataset.fingerprint[:12])
-    restore(state.arrays, model, optimizer)
+    job.replicas.restore(state.arrays, model, optimizer)
     # Only now: a resume that is refused leaves the run's own description as it was.
     job.describe()
     console.note(f"resuming at step {state.step}, epoch {state.epoch + 1} of {job.recipe.epochs}")
@@ -267,18 +269,20 @@ def _validator(job: Job, model) -> Callable[[], dict]:
 
 
 def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
-    return evaluation.scores_of(run_forward, split, job.ranks, columns=task_of(job.recipe).columns)
+    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns)
 
 
-def _prove_finite(model: keras.Model, at: Position) -> None:
+def _prove_finite(job: Job, model: keras.Model, at: Position) -> None:
     """Check the weights, since the loss of the last step is that of the weights before its update.
 
     Raises:
         DivergedError: they hold something else than numbers; no checkpoint is written of them.
     """
-    for variable in model.variables:
-        if "float" in variable.dtype and not np.isfinite(variable.numpy()).all():
-            raise _diverged(f"the weights in {variable.path} are no numbers after step {at.step}", "not finite")
+    ruined = [variable.path for variable in model.variables
+              if "float" in variable.dtype and not np.isfinite(variable.numpy()).all()]
+    if job.replicas.on_any_rank(bool(ruined)):
+        place = ruined[0] if ruined else "another rank's part of the model"
+        raise _diverged(f"the weights in {place} are no numbers after step {at.step}", "not finite")
 
 
 def _diverged(happened: str, received: object) -> DivergedError:
@@ -318,11 +322,12 @@ def _out_of_patience(recipe: Recipe, at: Position) -> bool:
 
 def _save(job: Job, at: Position, model, optimizer, weights) -> None:
     """Prove that the ranks are in step, then let rank 0 write the checkpoint."""
-    prove_in_step(job.ranks, weights, when=f"at the checkpoint of step {at.step}")
+    job.replicas.prove(weights, when=f"at the checkpoint of step {at.step}")
+    values = job.replicas.arrays(model, optimizer)
 
     def write() -> None:
         checkpoint.save(job.run.checkpoints, checkpoint.State(
-            **vars(at), fingerprint=job.dataset.fingerprint, arrays=arrays(model, optimizer)))
+            **vars(at), fingerprint=job.dataset.fingerprint, arrays=values))
         history.write_history(job.run, at.history)
         _event(job, "checkpoint", step=at.step)
 
@@ -375,8 +380,10 @@ def _finish(job: Job, at: Position, model, *, seconds: float, samples: int) -> d
     result = {"schema": "hpcai.train/1", "command": "train", "run": str(job.run.folder), "metrics": metrics,
               "recipe": recipe.name, "decision_threshold": threshold, "epochs": at.epoch,
               "best_epoch": chosen.get("epoch"), "steps": at.step, "world_size": job.ranks.size,
-              "parameters": model.count_params(), "test_examples": len(job.dataset.splits.get("test", ())),
+              "parameters": job.replicas.parameters, "test_examples": len(job.dataset.splits.get("test", ())),
               **measured}
+
+    job.replicas.join(model)
 
     def write() -> None:
         # Named so that Keras takes it for its own format; written whole or not at all.

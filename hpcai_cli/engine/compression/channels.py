@@ -33,7 +33,7 @@ _POINTWISE_NAMES = """
     celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sigmoid mish relu relu6
     selu sigmoid silu soft_shrink softplus softsign squareplus tanh tanh_shrink threshold
 """
-_POINTWISE = {getattr(keras.activations, name) for name in _POINTWISE_NAMES.split()}
+POINTWISE = {getattr(keras.activations, name) for name in _POINTWISE_NAMES.split()}
 """Activations that treat each number by itself, as softmax does not."""
 
 
@@ -189,7 +189,7 @@ def _followed(graph: Graph, call: model_cost.Call, inputs: list[np.ndarray]) -> 
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         return None
     activation = getattr(layer, "activation", None)
-    pointwise = activation is None or activation in _POINTWISE
+    pointwise = activation is None or activation in POINTWISE
     if kind in _PASSING or kind is layers.Activation and pointwise:
         return inputs[0]
     if kind in PRODUCING | _DEPTHWISE and getattr(layer, "groups", 1) == 1:
