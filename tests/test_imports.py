@@ -78,7 +78,8 @@ def test_the_engine_knows_nothing_above_it(path):
 
 @pytest.mark.parametrize("path", files("hpcai_cli/engine"))
 def test_horovod_is_imported_in_one_place(path):
-    if path.stem != "distributed":
+    # The peer is a script as people write it, and measured beside ours.
+    if path.stem not in ("distributed", "peer_horovod"):
         assert "horovod" not in {room(name) for name, _ in imports(path)}
 
 

@@ -93,8 +93,8 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settin
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1 << 20)
     training.train(tiny.job("whole", **settings), resume=False)
     assert_same(tiny, "stopped")
-    assert [event["event"] for event in tiny.events("stopped")][:6] == [
-        "started", "epoch", "checkpoint", "checkpoint", "stopped", "resumed"]
+    assert [event["event"] for event in tiny.events("stopped")][:8] == [
+        "started", "first_step", "epoch", "checkpoint", "checkpoint", "stopped", "resumed", "first_step"]
 
 
 @pytest.mark.parametrize("looks", [2 * LOOKS - 3, 2 * LOOKS + 6], ids=["before", "in"])

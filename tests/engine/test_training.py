@@ -165,12 +165,13 @@ def test_a_model_that_is_ruined_by_the_last_step_is_not_saved(tiny, without, siz
 def test_events_are_json_and_tell_the_story(tiny):
     training.train(tiny.job(epochs=2), resume=False)
     events = tiny.events()
-    assert [event["event"] for event in events] == ["started", "epoch", "checkpoint", "epoch", "checkpoint", "finished"]
+    assert [event["event"] for event in events] == ["started", "first_step", "epoch", "checkpoint", "epoch",
+                                                    "checkpoint", "finished"]
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     assert events[0] == {"time": events[0]["time"], "event": "started", "step": 0, "epoch": 0, "cursor": 0,
                          "world_size": 1}
-    assert events[2]["step"] == tiny.steps
-    assert {"loss", "accuracy", "validation_loss", "learning_rate", "seconds", "images_per_second"} < set(events[1])
+    assert (events[1]["step"], events[3]["step"]) == (1, tiny.steps)
+    assert {"loss", "accuracy", "validation_loss", "learning_rate", "seconds", "images_per_second"} < set(events[2])
 
 
 def test_tensorboard_s_files_where_they_are_asked_for(tiny):
