@@ -326,7 +326,7 @@ def horovod(
         $ hpcai benchmark horovod --np 4 --launcher horovodrun
     """
     ranks = launchers.chosen(np, launcher=launcher)
-    return _module("horovod").measure(_dataset(data), dataclasses.replace(ranks, hosts=()))
+    return _module("horovod_script").measure(_dataset(data), dataclasses.replace(ranks, hosts=()))
 
 
 @_benchmark
