@@ -24,6 +24,7 @@ Name = Annotated[str, typer.Argument(metavar="JOB", help="Its name, number or fo
 
 @launch.command(name="slurm")
 def slurm_(
+    context: typer.Context,
     words: Words,
     nodes: Annotated[int | None, typer.Option(min=1, max=100_000, help="Hosts.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, max=10_000, help="Ranks of each host: one for each GPU, "
@@ -70,7 +71,7 @@ def slurm_(
              "options": None if further is None else tuple(further)}
     wanted = _wanted(slurm.Resources, "slurm", given)
     command = job_script.Command(tuple(words), wanted.tasks, _launcher(wanted.launcher), tuple(wanted.program()))
-    command.check()
+    _check(command, context, is_here=True)
     folder = _folder(command.name, dry_run)
     log = folder / ("log-%a.txt" if wanted.array else "log.txt")
     script = job_script.text(command, folder, header=wanted.header(folder.name, str(log)), before=wanted.before(),
@@ -89,6 +90,7 @@ def slurm_(
 
 @launch.command(name="kubernetes")
 def kubernetes_(
+    context: typer.Context,
     words: Words,
     image: Annotated[str | None, typer.Option(metavar="NAME", help="Image with hpcai, Horovod built with Open MPI, and "
                                               "sshd.")] = None,
@@ -127,7 +129,7 @@ def kubernetes_(
              "limit_seconds": limit_seconds, "restarts": restarts}
     wanted = _wanted(kubernetes.Resources, "kubernetes", given)
     command = job_script.Command(tuple(words), wanted.tasks)
-    command.check()
+    _check(command, context, is_here=False)
     text = kubernetes.manifest(command, wanted, name or kubernetes.name_of(command))
     if output is None:
         console.result(text, end="")
@@ -137,7 +139,7 @@ def kubernetes_(
 
 
 @launch.command()
-def local(words: Words, np: options.Processes = None, launcher: Annotated[str, typer.Option(
+def local(context: typer.Context, words: Words, np: options.Processes = None, launcher: Annotated[str, typer.Option(
         help="auto, mpirun or horovodrun.")] = "auto", dry_run: DryRun = False, json: options.Json = False) -> None:
     """Run a command in the background on this host; it goes on when the terminal is closed.
 
@@ -147,7 +149,7 @@ def local(words: Words, np: options.Processes = None, launcher: Annotated[str, t
     Next: hpcai launch logs JOB --follow
     """
     command = job_script.Command(tuple(words), np or 1, _launcher(launcher))
-    command.check()
+    _check(command, context, is_here=True)
     folder = _folder(command.name, dry_run)
     script = job_script.text(command, folder)
     if dry_run:
@@ -221,6 +223,24 @@ def _wanted(kind: type, section: str, given: dict):
                                  **{name: value for name, value in given.items() if value is not None})
     wanted.check()
     return wanted
+
+
+def _check(command: job_script.Command, context: typer.Context, *, is_here: bool) -> None:
+    """Check the command as far as it can be without running it: now, and not in a log when its turn has come.
+
+    Args:
+        is_here: whether the job sees the files of this host.
+    """
+    command.check()
+    # By the program's own parser, which ends with what is wrong and how it is used.
+    words, parser = [word.replace(job_script.TASK, "1") for word in command.words], context.find_root().command
+    while hasattr(parser, "resolve_command"):
+        name, parser, words = parser.resolve_command(context.find_root(), words)
+    parser.make_context(f"hpcai {name}", words)
+    data = command.option("--data")
+    if is_here and data and job_script.TASK not in data and not Path(data).exists():
+        raise UsageError("the job's data do not exist", expected="a dataset file", received=data,
+                         mend="write it with `hpcai preprocess`")
 
 
 def _launcher(name: str) -> str:

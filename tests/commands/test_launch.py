@@ -36,6 +36,7 @@ def state(hpcai, job: str) -> str:
 # ---- Scripts -------------------------------------------------------------------------------------------------------
 
 def test_what_is_asked_of_slurm_stands_in_the_script(hpcai):
+    Path("m.h5").touch()
     written = script(hpcai, "slurm", "--dry-run", "--nodes", 2, "--tasks-per-node", 4, "--cpus-per-task", 8,
                      "--gpus-per-task", 1, "--time", "1-12:00:00", "--partition", "gpu", "--account", "p1",
                      "--signal-before", 300, "--module", "cuda/12.4", "--option=--qos=long", "--",
@@ -170,7 +171,11 @@ def test_another_process_that_got_the_number_is_not_the_job(hpcai, tmp_path):
     (["--launcher", "ssh", "--", "train", "x"], "no such launcher"),
     (["--module", "a;b", "--", "train", "x"], "no name of a module"),
     (["--option=--x\n#SBATCH --y", "--", "train", "x"], "no option of sbatch"),
-    (["--tasks-per-node", "2", "--", "predict", "run", "x.png"], "runs in one process")])
+    (["--tasks-per-node", "2", "--", "predict", "run", "x.png"], "runs in one process"),
+    (["--", "trian", "mnist"], "Did you mean 'train'"), (["--", "benchmark", "none"], "No such command 'none'"),
+    (["--", "train", "mnist", "--epohcs", "3"], "--epochs"), (["--", "train", "mnist", "--epochs", "x"], "--epochs"),
+    (["--array", "1-2", "--", "train", "mnist", "--seed", "{task}.5"], "--seed"),
+    (["--", "train", "mnist", "--data", "none.h5"], "the job's data do not exist")])
 def test_what_no_job_can_be(hpcai, words, message):
     done = hpcai("launch", "slurm", "--dry-run", *words)
     assert done.exit_code == 2 and message in done.stderr
