@@ -14,6 +14,7 @@ from hpcai_cli.engine.benchmarks.collective.collective_report import (
     OPERATIONS,
     Point,
     adapter_figures,
+    against_gloo,
     point_figures,
     size_text,
     summaries,
@@ -56,6 +57,7 @@ def measure(np: int, operations: Sequence[str], sizes: Sequence[int]) -> Iterato
         yield from point_figures(point, is_largest=point.bytes >= max(sizes))
     for record in adapters.values():
         yield from adapter_figures(record)
+    yield from against_gloo(list(points.values()))
     yield from summaries(list(points.values()))
     if failure is not None:
         raise failure

@@ -13,6 +13,9 @@ from hpcai_cli.engine.benchmarks.measure import Curves, Figure, Table, median, r
 
 NAME = "allreduce"
 ADAPTER_LIMIT = 0.97
+MPI_LIMIT = 1.5
+GRADIENTS = 1 << 20
+"""Bytes from which on a message is like the gradients of a step."""
 OPERATIONS = ("allreduce", "broadcast", "allgather", "reduce-scatter", "all-to-all")
 
 
@@ -107,6 +110,16 @@ def summaries(points: Sequence[Point]) -> Iterator[Table | Curves]:
         memcpy = tuple((float(size), value) for size, value in _memcpy(mine).items())
         yield Curves(NAME, f"{title}: bus bandwidth", "bytes", "GB/s",
                      {**_lines(mine, lambda point: statistics.median(point.bus_bandwidths)), "memcpy": memcpy}, "xy")
+
+
+def against_gloo(points: Sequence[Point]) -> Iterator[Figure]:
+    """Yield how many times Gloo's bandwidth MPI has, of each size that gradients have."""
+    found = {point.key: point for point in points}
+    for size in sorted({point.bytes for point in points if point.bytes >= GRADIENTS}):
+        mpi, gloo = (found.get(("allreduce", transport, size)) for transport in ("MPI", "Gloo"))
+        if mpi and gloo:
+            yield ratio(NAME, f"allreduce of {size_text(size)}, {mpi.ranks} ranks: MPI against Gloo",
+                        mpi.bus_bandwidths, gloo.bus_bandwidths, limit=MPI_LIMIT)
 
 
 def _row(point: Point) -> tuple:

@@ -9,6 +9,7 @@ from hpcai_cli.engine.benchmarks.collective.collective_report import (
     OPERATIONS,
     Point,
     adapter_figures,
+    against_gloo,
     bus_factor,
     point_figures,
     size_text,
@@ -79,6 +80,16 @@ def test_an_adapter_that_takes_longer_than_the_raw_call_misses_the_limit():
     record = {"ranks": 2, "transport": "Gloo", "bytes": 4_000_000, "raw": [1.0, 1.0, 1.0]}
     slow, fast = ([*adapter_figures(record | {"ours": [seconds] * 3})][1] for seconds in (1.05, 1.02))
     assert (slow.holds, fast.holds) == (False, True)
+
+
+def test_mpi_is_held_against_gloo_from_a_megabyte_on():
+    sizes = (1 << 18, 1 << 20, 1 << 22)
+    points = [Point("allreduce", transport, 2, size, (seconds,) * 3, (1e-4,) * 3) for size in sizes
+              for transport, seconds in (("Gloo", 3e-3), ("MPI", 1e-3 if size < 1 << 22 else 2.5e-3))]
+    first, second = against_gloo([*points, Point("broadcast", "MPI", 2, 1 << 20, (1e-3,), (1e-4,))])
+    assert (first.name, first.value, first.holds) == ("allreduce of 1 MB, 2 ranks: MPI against Gloo", 3.0, True)
+    assert second.value == pytest.approx(1.2) and not second.holds
+    assert not list(against_gloo(points[:1]))
 
 
 def test_each_operation_gets_a_table_and_a_line_for_each_transport():
