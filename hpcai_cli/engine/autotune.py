@@ -1,5 +1,6 @@
 """Horovod's autotuning of its fusion threshold and cycle time: the log of a job, and the best that it tried."""
 
+import atexit
 import csv
 import os
 import shutil
@@ -20,6 +21,7 @@ def begin() -> Path | None:
     if not named:
         handle, named = tempfile.mkstemp(prefix="hpcai-autotune-", suffix=".csv")
         os.close(handle)
+        atexit.register(Path(named).unlink, missing_ok=True)
         os.environ["HOROVOD_AUTOTUNE_LOG"] = named
     return Path(named)
 
@@ -33,7 +35,7 @@ def settings() -> dict:
 
 
 def found(log: Path, kept: Path) -> dict | None:
-    """Return the best values that were tried, None where the job was too short to try any.
+    """Return the best values that were tried, None where Horovod has tried none: the job was too short.
 
     Args:
         log: Horovod's, from `begin`.
@@ -42,6 +44,9 @@ def found(log: Path, kept: Path) -> dict | None:
     Returns:
         `fusion_mb`, `cycle_ms`, `score` in bytes a microsecond, and `tried`, how many settings were.
     """
+    if not log.is_file():
+        # A place of the user's own, where Horovod cannot write; it does not say so.
+        return None
     shutil.copyfile(log, kept)
     with log.open() as stream:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)
@@ -56,6 +61,6 @@ def found(log: Path, kept: Path) -> dict | None:
 def words(best: dict | None) -> str:
     """Return the result for people."""
     if best is None:
-        return "autotune: the job was too short to try anything"
+        return "autotune: nothing was tried; the job was too short, or HOROVOD_AUTOTUNE_LOG cannot be written"
     return (f"autotune: best of {best['tried']} tried was --fusion-mb {best['fusion_mb']:g} "
             f"--cycle-ms {best['cycle_ms']:g}")
