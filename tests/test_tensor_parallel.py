@@ -155,6 +155,7 @@ def test_bfloat16_trains_and_ranks_stay_in_step(folder):
 
 
 @needs_horovod
+@pytest.mark.long
 def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(folder):
     common = ["./wide.py", *SPLIT, "--epochs", "30"]
     events = folder / "stopped" / "events.jsonl"

@@ -26,6 +26,9 @@ class OwnMean(keras.Layer):
 
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+EITHER = pytest.mark.parametrize("launcher", [pytest.param("horovodrun", marks=pytest.mark.long),
+                                              pytest.param("mpirun", marks=needs_mpirun)])
+"""Where the launcher should make no difference: one of them is enough for every day."""
 LAUNCHERS = pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
 
 
@@ -118,7 +121,7 @@ def test_synchronized_batch_normalization_is_that_of_one_process(with_layers):
 
 
 @needs_horovod
-@LAUNCHERS
+@EITHER
 def test_gradients_that_travel_as_float16(tiny_folder, launcher):
     common = ["--set", "optimizer=sgd", "--np", 2, "--launcher", launcher]
     whole, half = trained("whole", *common), trained("half", *common, "--set", "gradient_compression=float16")
@@ -165,7 +168,7 @@ def test_adasum_where_it_cannot_be(tiny_folder, words, exit_code, message):
 # ---- What the ranks tell -------------------------------------------------------------------------------------------
 
 @needs_horovod
-@LAUNCHERS
+@EITHER
 def test_a_rank_that_lags_is_named(tiny_folder, launcher):
     with (tiny_folder / "tiny.py").open("a") as stream:
         stream.write("""
@@ -193,7 +196,7 @@ def augment(inputs, seed, recipe):
 
 
 @needs_horovod
-@LAUNCHERS
+@EITHER
 def test_fusion_settings_reach_the_ranks(tiny_folder, launcher):
     done = train("--np", 2, "--launcher", launcher, "--fusion-mb", 2, "--cycle-ms", 0.25, "--output", "run")
     assert done.returncode == 0, done.stderr
@@ -202,7 +205,7 @@ def test_fusion_settings_reach_the_ranks(tiny_folder, launcher):
 
 
 @needs_horovod
-@LAUNCHERS
+@EITHER
 def test_autotune_tells_the_best_that_it_tried(tiny_folder, monkeypatch, launcher):
     monkeypatch.setenv("HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE", "2")
     done = train("--np", 2, "--launcher", launcher, "--autotune", "--epochs", 50, "--output", "run", "--json")

@@ -11,6 +11,9 @@ import tensorflow as tf
 from hpcai_cli import errors, launch
 from hpcai_cli.errors import DivergedError, HpcaiError, MissingError, UsageError
 
+GRADIENTS = "gradients"
+"""What the operations that average them are called, in Horovod's timeline too."""
+
 
 class Serial:
     """One process: every collective operation is the identity."""
@@ -104,7 +107,7 @@ class Horovod:
             # One by one, since upstream's grouped form fails for it; Horovod fuses them all the same. What it asks the
             # machine meanwhile is nothing to compile.
             combine = tf.autograph.experimental.do_not_convert(self._hvd.allreduce)
-            reduced = [combine(each, op=self._hvd.Adasum, name=f"gradient.{number}")
+            reduced = [combine(each, op=self._hvd.Adasum, name=f"{GRADIENTS}.{number}")
                        for number, each in enumerate(sent)]
             reduced += self._averaged([*averages, sums])
         else:
@@ -140,7 +143,7 @@ class Horovod:
             # Named by us: Horovod would take the names of the layers, whose numbers differ on a rank that has built
             # another model before, and the ranks would wait for each other for ever.
             means = self._hvd.grouped_allreduce([tensors[place] for place in places], op=self._hvd.Average,
-                                                name=f"gradients.{dtype.name}")
+                                                name=f"{GRADIENTS}.{dtype.name}")
             for place, mean in zip(places, means, strict=True):
                 found[place] = mean
         return found

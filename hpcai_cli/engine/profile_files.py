@@ -5,6 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcai_cli.engine.distributed import GRADIENTS
+
 _CONTAINERS = {"While", "If", "PartitionedCall", "StatefulPartitionedCall"}
 """Operations that hold others, whose time is counted with those."""
 
@@ -62,7 +64,7 @@ def messages(timeline: Path) -> Messages | None:
     for event in events:
         tensor = event.get("pid")
         # Others than the gradients' are ours: barriers, the proof that the ranks are in step.
-        if "GroupedAllreduce" not in names.get(tensor, ""):
+        if f"{GRADIENTS}." not in names.get(tensor, ""):
             continue
         if event["ph"] == "B":
             open_events[tensor].append(event)

@@ -8,8 +8,9 @@ import pytest
 
 
 @pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
-@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="mpirun is not installed"))])
+@pytest.mark.parametrize("launcher", [
+    pytest.param("horovodrun", marks=pytest.mark.long),
+    pytest.param("mpirun", marks=pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed"))])
 def test_both_sides_train(hpcai, monkeypatch, launcher):
     monkeypatch.setattr("hpcai_cli.engine.benchmarks.horovod_script.ROUNDS", 1)
     assert hpcai("preprocess", "mnist", "--source", "sample", "--output", "digits.h5").exit_code == 0

@@ -116,7 +116,7 @@ def timeline(path: Path, *events: tuple) -> Path:
     """Write a timeline; an event is a phase, a tensor, a microsecond and a name."""
     rows = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros": 5}}]
     rows += [{"name": "process_name", "ph": "M", "pid": number, "args": {"name": name}} for number, name in
-             enumerate(("HorovodAllreduce", "while/HorovodGroupedAllreduce_1of2", "while/HorovodGroupedAllreduce_2of2"),
+             enumerate(("HorovodAllreduce", "while/gradients.float32_1of2", "while/gradients.float32_2of2"),
                        1)]
     rows += [{"ph": phase, "pid": tensor, "ts": at, **({"name": name} if name else {})}
              for phase, tensor, at, name in events]
