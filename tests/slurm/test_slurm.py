@@ -132,8 +132,9 @@ def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, 
 
 @pytest.mark.timeout(1200)
 def test_mnist_to_the_same_accuracy_with_a_limit_on_the_way(slurm, train_mnist):
-    words, accuracy = train_mnist(40)
-    job, run = submitted(slurm, "--tasks-per-node", 2, "--time", 2, "--signal-before", 50, "--", *words)
+    # Longer than the 130 seconds after which the signal has come at the latest.
+    words, accuracy = train_mnist(120)
+    job, run = submitted(slurm, "--tasks-per-node", 2, "--time", 3, "--signal-before", 50, "--", *words)
     assert ended(slurm, job, 900) == "done", log(slurm, job)
     assert "queued again to go on" in log(slurm, job)
     assert json.loads((run / "result.json").read_text())["metrics"]["accuracy"] == accuracy
