@@ -28,7 +28,7 @@ test-slurm: .venv/test horovod  ## jobs of a real Slurm of one node, some of whi
 install: .venv/ready  ## a virtual environment in .venv with hpcai in it, editable
 
 horovod: .venv/ready  ## build Horovod for the installed TensorFlow, or find it in the cache
-	@$(BIN)/python -c 'from hpcai_cli.engine.environment import horovod_build; horovod_build.build(with_mpi=None, with_nccl=False)'
+	@$(BIN)/python -m hpcai_cli.engine.environment.horovod_build
 
 lint: .venv/test  ## the linter, import rules included
 	$(BIN)/ruff check .

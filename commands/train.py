@@ -122,9 +122,8 @@ def _prove(ranks: Ranks | None, request, assignments: dict[str, str], json: bool
     if named := [option for option, value in given.items() if value]:
         raise UsageError("--prove trains a few steps and keeps nothing of them", expected=f"no {named[0]} with it")
     if ranks:
-        arguments = ["train", request.reference, "--prove", *options.words({"--data": request.data, "--json": json})]
-        for key, value in assignments.items():
-            arguments += ["--set", f"{key}={value}"]
+        arguments = ["train", request.reference, "--prove", *options.words({
+            "--data": request.data, "--json": json, "--set": _settings(assignments)})]
         rank_processes.run_command(ranks, arguments, [request.data] if request.data else [])
         return
     launch.announce()
@@ -194,9 +193,7 @@ def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments:
                      "--tensorboard": request.tensorboard, "--profile": "-".join(map(str, request.profile or ())),
                      "--energy": request.energy, "--power-file": request.power_file,
                      "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
-                     "--json": json})]
-    for key, value in assignments.items():
-        arguments += ["--set", f"{key}={value}"]
+                     "--json": json, "--set": _settings(assignments)})]
     outcome = rank_processes.run_ranks(ranks, arguments, [file, run.folder])
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
         error = HpcaiError(outcome.happened,
@@ -210,3 +207,7 @@ def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments:
         code = read_json(run.failure_file).get("exit_code", code)
     if code:
         raise typer.Exit(code)
+
+
+def _settings(assignments: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in assignments.items()]

@@ -94,6 +94,14 @@ def test_randomness_that_cannot_be_left_out(with_layers):
     with_layers("keras.layers.Reshape((4, 4, 1)), keras.layers.RandomFlip(), keras.layers.Flatten(), ")
     done = train("--np", 2, "--prove")
     assert done.returncode == 2 and "draws random numbers" in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+@needs_horovod
+def test_adasum_has_nothing_to_prove(tiny_folder):
+    done = train("--np", 2, "--prove", "--set", "gradient_reduction=adasum")
+    assert done.returncode == 2 and "Adasum does not average gradients" in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1
 
 
 @pytest.mark.parametrize(("words", "message"), [

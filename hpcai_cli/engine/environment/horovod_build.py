@@ -25,7 +25,7 @@ from hpcai_cli import console
 from hpcai_cli.cache import cache_folder
 from hpcai_cli.engine.environment.horovod_wheel import RECORD, VERSION, build_wheel, patches, pip, run_step, sha256
 from hpcai_cli.engine.environment.toolchain import TENSORFLOW, Toolchain, toolchain
-from hpcai_cli.errors import MissingError
+from hpcai_cli.errors import HpcaiError, MissingError
 
 _RUN_TIME_NEEDS = {"cloudpickle": "cloudpickle", "psutil": "psutil", "yaml": "pyyaml", "packaging": "packaging"}
 
@@ -175,3 +175,11 @@ def _termination_raises() -> Iterator[None]:
     finally:
         with suppress(TypeError):  # None: the handler was not set from Python
             signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    # What `make horovod` needs, without the examination that `hpcai doctor --build-horovod` goes on with.
+    try:
+        build(with_mpi=None, with_nccl=False)
+    except HpcaiError as failure:
+        sys.exit(f"error: {failure}")

@@ -137,8 +137,9 @@ def _slurm() -> Finding:
     version = first_output(["srun", "--version"]).strip()
     if not version:
         return Finding("Slurm", "ok", "srun is here, but no cluster answers it")
-    return judged("Slurm", f"{version}, {'with' if launchers.srun_speaks_pmix() else 'without'} PMIx",
-                  "hpcai train RECIPE --hosts A:N,B:N --launcher mpirun", is_well=launchers.srun_speaks_pmix())
+    has_pmix = launchers.srun_speaks_pmix()
+    return judged("Slurm", f"{version}, {'with' if has_pmix else 'without'} PMIx",
+                  "hpcai train RECIPE --hosts A:N,B:N --launcher mpirun", is_well=has_pmix)
 
 
 def _cuda(probed: dict) -> Finding:
