@@ -1,0 +1,287 @@
+"""Where the fault harness trains: a folder with recipe and data, trainings as real processes, and what they left."""
+
+import contextlib
+import csv
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from hpcai_cli import launch
+from hpcai_cli.engine import checkpoint
+from hpcai_cli.errors import DataError
+
+PROGRAM = str(Path(sys.executable).parent / "hpcai")
+EVERY = 20
+"""Steps between two checkpoints."""
+START_SECONDS = 300
+"""In which a training begins and ends; the machine may be busy."""
+TIMES = ("seconds", "images_per_second")
+_MARK = "FAULTS_TRIAL"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """When a step or a batch of an evaluation began, by time.monotonic()."""
+
+    kind: str
+    number: int
+    moment: float
+
+
+class Lab:
+    """A folder with the recipe, its data, and the trainings on them.
+
+    Attributes:
+        random: what is left to chance; the same for the same seed.
+    """
+
+    def __init__(self, folder: Path, seed: int):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.folder, self.random, self._numbers = folder.resolve(), random.Random(seed), itertools.count(1)
+        shutil.copy(Path(__file__).with_name("faults_recipe.py"), self.folder / "faults.py")
+        self.hpcai("preprocess", "./faults.py", "--source", "sample", "--output", "data.h5")
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of each process: without a launcher's, with a cache of its own."""
+        return {**launch.without_launcher(), "HPCAI_CACHE": str(self.folder / "cache")}
+
+    def hpcai(self, *words: object) -> None:
+        """Run a command that is to succeed."""
+        done = subprocess.run([PROGRAM, *map(str, words)], cwd=self.folder, env=self.environment(),
+                              capture_output=True, text=True, timeout=START_SECONDS)
+        if done.returncode:
+            sys.exit(f"hpcai {' '.join(map(str, words))}: {done.stderr}")
+
+    def train(self, run: str, *words: object, np: int = 1, environment: dict[str, str] | None = None,
+              data: str = "data.h5") -> "Trial":
+        """Start a training, or go on with it where there is something of it."""
+        place = ["--resume", run] if (self.folder / run / "recipe.json").exists() else [
+            "--output", run, "./faults.py", "--data", data]
+        # Two ranks take half of the batch each, so that they have as many steps as one.
+        size = ["--np", np, "--batch-size", 8] if np > 1 else []
+        return Trial(self, run, [PROGRAM, "train", *place, *size, "--checkpoint-every", f"{EVERY}steps", *words],
+                     np, next(self._numbers), environment or {})
+
+    def whole(self, np: int = 1) -> "Left":
+        """Return what a training leaves that nobody disturbs."""
+        run = f"whole-{np}"
+        if not (self.folder / run / "result.json").exists():
+            trial = self.train(run, np=np)
+            if trial.wait():
+                sys.exit(f"the undisturbed training fails: {trial.said()}")
+        return self.left(run)
+
+    def left(self, run: str) -> "Left":
+        """Return what a run has in its folder."""
+        return Left(self.folder / run)
+
+    def finished(self, run: str, *words: object, np: int = 1) -> list[str]:
+        """Go on with a run to its end, and return what is wrong with what it leaves."""
+        trial = None if (self.folder / run / "result.json").exists() else self.train(run, *words, np=np)
+        if trial and (code := trial.wait()):
+            return [f"{run} cannot go on, exit code {code}: {trial.said()[-500:]}"]
+        return self.left(run).differences(self.whole(np))
+
+
+class Trial:
+    """A start of `hpcai train`: its processes, what they say and where they are.
+
+    Attributes:
+        process: the one that was started; with several ranks the parent of all.
+        began: time.monotonic() of the start.
+    """
+
+    def __init__(self, lab: Lab, run: str, words: list[object], np: int, number: int,
+                 environment: dict[str, str]):
+        self.run, self._folder, self._np = run, lab.folder / run, np
+        self._name, self._log = f"{lab.folder}:{number}", lab.folder / f"{number:04d}-{run}.log"
+        self._marks = lab.folder / f"{number:04d}-{run}.marks"
+        self._events_before = _size(self._folder / "events.jsonl")
+        self.began = time.monotonic()
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                list(map(str, words)), cwd=lab.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+                env=lab.environment() | {_MARK: self._name, "FAULTS_MARKS": str(self._marks)} | environment)
+
+    # ---- What it says ----------------------------------------------------------------------------------------------
+
+    def said(self) -> str:
+        """Return its output."""
+        return self._log.read_text(errors="replace")
+
+    def events(self, kind: str = "") -> list[dict]:
+        """Return the events that it has written, all or those of a kind."""
+        with contextlib.suppress(OSError), (self._folder / "events.jsonl").open("rb") as stream:
+            stream.seek(self._events_before)
+            found = [json.loads(line) for line in stream if line.endswith(b"\n") and line.strip()]
+            return [event for event in found if kind in ("", event["event"])]
+        return []
+
+    def marks(self, kind: str, rank: int = 0) -> list[Mark]:
+        """Return the steps, or batches of evaluations, that a rank has begun."""
+        with contextlib.suppress(OSError):
+            rows = (line.split() for line in Path(f"{self._marks}.{rank}").read_text().splitlines())
+            return [Mark(row[0], int(row[1]), float(row[2])) for row in rows if len(row) == 3 and row[0] == kind]
+        return []
+
+    def reached(self, default: int) -> int:
+        """Return how far it has come: steps of the training that were begun; the default where it began none."""
+        return max((mark.number // self._np + 1 for mark in self.marks("step")), default=default)
+
+    def is_writing(self) -> bool:
+        """Tell whether a checkpoint is being written, or was when it was killed."""
+        with contextlib.suppress(OSError):
+            return any(name.endswith(".part") for name in os.listdir(self._folder / "checkpoints"))
+        return False
+
+    # ---- Its processes ---------------------------------------------------------------------------------------------
+
+    def processes(self) -> list[int]:
+        """Return all processes that came of it, those too whose parent is gone."""
+        return [pid for pid, _ in self._found()]
+
+    def rank(self, number: int) -> int:
+        """Return the process of a rank.
+
+        Raises:
+            LookupError: there is none.
+        """
+        names = (f"HOROVOD_RANK={number}".encode(), f"OMPI_COMM_WORLD_RANK={number}".encode())
+        for pid, environment in self._found():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if any(name in environment for name in names) and PROGRAM.encode() in words[:2]:
+                    return pid
+        raise LookupError(f"no rank {number}")
+
+    def signal(self, number: int, processes: list[int] | None = None) -> float:
+        """Send a signal to some of its processes, to all by default; return when."""
+        processes = self.processes() if processes is None else processes
+        moment = time.monotonic()
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return moment
+
+    def kill(self, known: list[int] | None = None) -> None:
+        """Kill all of its processes, those first that are known already, and wait until they are gone."""
+        self.signal(signal.SIGKILL, known or [])
+        while left := self.processes():
+            self.signal(signal.SIGKILL, left)
+            self._reap()
+            time.sleep(0.01)
+        self._reap()
+
+    def wait(self, seconds: float = START_SECONDS) -> int | None:
+        """Return its exit code, None where it has not ended in time; it is killed then."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = START_SECONDS, pause: float = 0.005) -> bool:
+        """Wait for a condition; return whether it came about before the training ended or the time was over."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                return False
+            time.sleep(pause)
+        return True
+
+    def _found(self) -> Iterator[tuple[int, list[bytes]]]:
+        name = f"{_MARK}={self._name}".encode()
+        for entry in os.listdir("/proc"):
+            with contextlib.suppress(OSError, ValueError):
+                environment = Path(f"/proc/{int(entry)}/environ").read_bytes().split(b"\0")
+                if name in environment:
+                    yield int(entry), environment
+
+    def _reap(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.01)
+
+
+class Left:
+    """What a training has left in its folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def broken(self) -> list[str]:
+        """Return what is wrong with the checkpoints that were taken."""
+        found = []
+        for path in (self._folder / "checkpoints").glob("step-*"):
+            try:
+                checkpoint.read(path)
+            except DataError as error:
+                found.append(f"{self._folder.name}: {error}")
+        return found
+
+    def newest(self) -> checkpoint.State | None:
+        """Return the newest checkpoint, None where there is none."""
+        try:
+            return checkpoint.newest(self._folder / "checkpoints")[0]
+        except DataError:
+            return None
+
+    def history(self) -> list[dict]:
+        """Return the rows of history.csv without times."""
+        with (self._folder / "history.csv").open() as stream:
+            return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(stream)]
+
+    def model(self) -> dict[str, np.ndarray]:
+        """Return the weights in model.keras by name."""
+        found = {}
+        with zipfile.ZipFile(self._folder / "model.keras") as archive, (
+                archive.open("model.weights.h5")) as stream, h5py.File(stream) as file:
+            file.visititems(lambda name, item: (
+                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None))
+        return found
+
+    def metrics(self) -> dict:
+        """Return what result.json says, without times."""
+        metrics = json.loads((self._folder / "result.json").read_text())["metrics"]
+        return {name: value for name, value in metrics.items() if name not in TIMES}
+
+    def differences(self, other: "Left") -> list[str]:
+        """Return in what this run, which has ended, differs from one that nobody disturbed."""
+        found = self.broken()
+        for what, read in (("checkpoint", lambda left: left.newest().arrays), ("model.keras", Left.model)):
+            ours, theirs = read(self), read(other)
+            if ours.keys() != theirs.keys():
+                found.append(f"{what} has other arrays")
+            elif apart := [name for name in ours if not np.array_equal(ours[name], theirs[name])]:
+                found.append(f"{what} differs in {', '.join(apart)}")
+        found += [what for what, read in (("history.csv differs", Left.history), ("the result differs", Left.metrics))
+                  if read(self) != read(other)]
+        return [f"{self._folder.name}: {each}" for each in [*found, *self._miscounted()]]
+
+    def _miscounted(self) -> list[str]:
+        """Return what is wrong with the model's own count of the images that it was given."""
+        state = self.newest()
+        # The mean over the ranks, of which each has its share of the images.
+        ranks = json.loads((self._folder / "manifest.json").read_text())["world_size"]
+        counts = set(np.unique(state.arrays["model-0"] * ranks).tolist())
+        return [] if counts == {0.0, float(state.epoch)} else [f"images were given {sorted(counts)} times"]
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
