@@ -12,6 +12,9 @@ from pathlib import Path
 from hpcai_cli.errors import DataError, HpcaiError, UsageError
 from hpcai_cli.recipe import Recipe
 
+_BEGUN = re.compile(r"\.lock|\.writable|\.(manifest|recipe)\.json\..*|manifest\.json")
+"""What a training leaves that was killed before it had described itself; recipe.json, which makes a run, comes last."""
+
 
 class Run:
     """A run folder: every file in it has one name, known here and nowhere else.
@@ -47,7 +50,7 @@ class Run:
         try:
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
-                if any(output.iterdir()):
+                if not all(_BEGUN.fullmatch(entry.name) for entry in output.iterdir()):
                     raise UsageError("the output folder is not empty", expected="a new or empty folder",
                                      mend=f"give another --output, or continue it with `--resume {output}`",
                                      received=str(output))

@@ -55,6 +55,18 @@ def test_an_output_that_holds_something_is_refused_and_left_alone():
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "manifest.json", ".recipe.json.a1b2"], [".writable"]])
+def test_what_a_kill_left_before_there_was_a_run_hinders_nobody(left):
+    folder = Path("begun")
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    assert Run.create("mnist", folder).folder == folder
+    (folder / "recipe.json").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        Run.create("mnist", folder)
+
+
 def test_an_output_that_is_new_or_empty_is_taken():
     Path("empty").mkdir()
     assert Run.create("mnist", Path("empty")).folder == Path("empty")

@@ -274,7 +274,6 @@ def data_of(request: Request) -> Path:
 def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None:
     """Write recipe.json, the whole truth of what is trained, and manifest.json, of where and with what."""
     came_from = run.manifest().get("resumed_from") if run.manifest_file.is_file() else None
-    write_json(run.recipe_file, request.recipe.to_json())
     write_json(run.manifest_file, {
         "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,
         "data": os.environ.get(launch.STAGED_VARIABLE) or os.path.abspath(dataset.path),
@@ -283,6 +282,8 @@ def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None
         "seed": request.recipe.seed, **facts,
         "host": socket.gethostname(), "python": platform.python_version(), "git_commit": _git_commit(),
         "versions": _versions(), **({"resumed_from": came_from} if came_from else {})})
+    # The last of what makes a run: what a kill leaves before it is no run yet, and its folder can be taken again.
+    write_json(run.recipe_file, request.recipe.to_json())
 
 
 def _columns(dataset: Dataset) -> dict:
