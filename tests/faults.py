@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faults_stops
+import faults_surroundings
 from faults_lab import Lab
 
 FOLDER = Path("build/faults")
@@ -26,6 +27,14 @@ PARTS: dict[str, Callable[[Lab, float], tuple[str, list[str]]]] = {
     "kills-2": lambda lab, scale: faults_stops.kills(lab, _count(50, scale), 2),
     "terms-1": lambda lab, scale: faults_stops.terms(lab, _count(20, scale), 1),
     "terms-2": lambda lab, scale: faults_stops.terms(lab, _count(20, scale), 2),
+    "driver": lambda lab, scale: faults_surroundings.driver(lab),
+    "disk-full": lambda lab, scale: faults_surroundings.disk_full(lab),
+    "read-only": lambda lab, scale: faults_surroundings.read_only(lab),
+    "flipped": lambda lab, scale: faults_surroundings.flipped(lab),
+    "clock": lambda lab, scale: faults_surroundings.clock(lab),
+    "data-replaced": lambda lab, scale: faults_surroundings.data_replaced(lab),
+    "two-trainings": lambda lab, scale: faults_surroundings.two_trainings(lab),
+    "stale-lock": lambda lab, scale: faults_surroundings.stale_lock(lab),
 }
 """Each returns what it has found, and what is wrong with it."""
 

@@ -91,32 +91,39 @@ class Lab:
 
     def finished(self, run: str, *words: object, np: int = 1) -> list[str]:
         """Go on with a run to its end, and return what is wrong with what it leaves."""
-        trial = None if (self.folder / run / "result.json").exists() else self.train(run, *words, np=np)
-        if trial and (code := trial.wait()):
-            return [f"{run} cannot go on, exit code {code}: {trial.said()[-500:]}"]
-        return self.left(run).differences(self.whole(np))
+        if (self.folder / run / "result.json").exists():
+            return self.left(run).differences(self.whole(np))
+        return self.finished_by(self.train(run, *words, np=np))
+
+    def finished_by(self, trial: "Trial") -> list[str]:
+        """Wait for the end of a training, and return what is wrong with what it leaves."""
+        if code := trial.wait():
+            return [f"{trial.run} ends with exit code {code}: {trial.said()[-500:]}"]
+        return self.left(trial.run).differences(self.whole(trial.np))
 
 
 class Trial:
     """A start of `hpcai train`: its processes, what they say and where they are.
 
     Attributes:
+        run: its folder's name.
+        np: how many ranks it has.
         process: the one that was started; with several ranks the parent of all.
         began: time.monotonic() of the start.
     """
 
     def __init__(self, lab: Lab, run: str, words: list[object], np: int, number: int,
                  environment: dict[str, str]):
-        self.run, self._folder, self._np = run, lab.folder / run, np
-        self._name, self._log = f"{lab.folder}:{number}", lab.folder / f"{number:04d}-{run}.log"
-        self._marks = lab.folder / f"{number:04d}-{run}.marks"
+        self.run, self.np, self._folder = run, np, lab.folder / run
+        name = f"{number:04d}-{run.replace('/', '-')}"
+        self._name, self._log, self._marks = (lab.folder / f"{name}{kind}" for kind in ("", ".log", ".marks"))
         self._events_before = _size(self._folder / "events.jsonl")
         self.began = time.monotonic()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 list(map(str, words)), cwd=lab.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
-                env=lab.environment() | {_MARK: self._name, "FAULTS_MARKS": str(self._marks)} | environment)
+                env=lab.environment() | {_MARK: str(self._name), "FAULTS_MARKS": str(self._marks)} | environment)
 
     # ---- What it says ----------------------------------------------------------------------------------------------
 
@@ -141,7 +148,7 @@ class Trial:
 
     def reached(self, default: int) -> int:
         """Return how far it has come: steps of the training that were begun; the default where it began none."""
-        return max((mark.number // self._np + 1 for mark in self.marks("step")), default=default)
+        return max((mark.number // self.np + 1 for mark in self.marks("step")), default=default)
 
     def is_writing(self) -> bool:
         """Tell whether a checkpoint is being written, or was when it was killed."""
@@ -261,24 +268,37 @@ class Left:
 
     def differences(self, other: "Left") -> list[str]:
         """Return in what this run, which has ended, differs from one that nobody disturbed."""
-        found = self.broken()
-        for what, read in (("checkpoint", lambda left: left.newest().arrays), ("model.keras", Left.model)):
-            ours, theirs = read(self), read(other)
-            if ours.keys() != theirs.keys():
-                found.append(f"{what} has other arrays")
-            elif apart := [name for name in ours if not np.array_equal(ours[name], theirs[name])]:
-                found.append(f"{what} differs in {', '.join(apart)}")
-        found += [what for what, read in (("history.csv differs", Left.history), ("the result differs", Left.metrics))
-                  if read(self) != read(other)]
-        return [f"{self._folder.name}: {each}" for each in [*found, *self._miscounted()]]
+        found, ours, theirs = [], self.newest(), other.newest()
+        if apart := _apart(ours.arrays if ours else {}, theirs.arrays):
+            found.append(f"{self._folder.name}: checkpoint differs in {apart}")
+        found += [f"{self._folder.name}: {each}" for each in self._miscounted(ours)] if ours else []
+        return self.broken() + found + self.differences_of_result(other)
 
-    def _miscounted(self) -> list[str]:
+    def differences_of_result(self, other: "Left") -> list[str]:
+        """Return the same of a run that has no checkpoints."""
+        found = []
+        if apart := _apart(self.model(), other.model()):
+            found.append(f"model.keras differs in {apart}")
+        for what, read in (("history.csv", Left.history), ("result.json", Left.metrics)):
+            try:
+                if read(self) != read(other):
+                    found.append(f"{what} differs")
+            except OSError as error:
+                found.append(str(error))
+        return [f"{self._folder.name}: {each}" for each in found]
+
+    def _miscounted(self, state: checkpoint.State) -> list[str]:
         """Return what is wrong with the model's own count of the images that it was given."""
-        state = self.newest()
         # The mean over the ranks, of which each has its share of the images.
         ranks = json.loads((self._folder / "manifest.json").read_text())["world_size"]
         counts = set(np.unique(state.arrays["model-0"] * ranks).tolist())
         return [] if counts == {0.0, float(state.epoch)} else [f"images were given {sorted(counts)} times"]
+
+
+def _apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> str:
+    """Return the names of the arrays that differ, or are not in both."""
+    return ", ".join(sorted(name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs
+                            or not np.array_equal(ours[name], theirs[name])))
 
 
 def _size(path: Path) -> int:
