@@ -312,6 +312,8 @@ def _finish(job: Job, at: Position, model, *, seconds: float, samples: int) -> d
             write_bytes(job.run.model_file, temporary.read_bytes())
         finally:
             temporary.unlink(missing_ok=True)
+        # Beside the checkpoints it was written too, where these could be.
+        history.write_history(job.run, at.history)
         write_json(job.run.result_file, result)
         job.run.failure_file.unlink(missing_ok=True)
         _event(job, "finished", **metrics)

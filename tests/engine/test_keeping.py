@@ -55,6 +55,7 @@ def test_a_disk_that_takes_nothing_does_not_end_the_training(tiny, capsys):
         job.run.checkpoints.touch()
         result = training.train(job, resume=False)
         assert result["epochs"] == 4
+        assert len((tiny.folder / run / "history.csv").read_text().splitlines()) == 1 + 4
         failed = [event for event in tiny.events(run) if event["event"] == "checkpoint_failed"]
         # That of the best epoch is tried again with each one after it.
         assert [event["step"] for event in failed][:1] == [13]
