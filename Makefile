@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := build/demo
 
-.PHONY: demo test test-long test-hosts test-slurm install horovod lint format bench fuzz fuzz-server soak wheel clean
+.PHONY: demo test test-long test-hosts test-slurm install horovod lint format bench fuzz fuzz-server soak faults wheel clean
 
 demo: .venv/ready  ## train the MNIST recipe on the built-in sample, evaluate it, predict a picture
 	rm -rf $(RUN) && $(BIN)/hpcai preprocess mnist --source sample --output build/sample.h5 --force
@@ -49,6 +49,9 @@ fuzz-server: .venv/test  ## 10,000 wrong requests to a running server; SCHEMATHE
 
 soak: .venv/test  ## 20 minutes of load on the server, with reloads, too much of it, a killed worker and the end
 	$(BIN)/python tests/soak.py
+
+faults: .venv/test horovod  ## trainings that are killed, stopped and disturbed, an hour: nothing may be lost; FAULTS="--seed 1 --only kills-1"
+	$(BIN)/python tests/faults.py $(FAULTS)
 
 wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it
 	$(BIN)/python -m pytest tests/wheel_check.py

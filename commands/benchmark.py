@@ -90,6 +90,26 @@ def train(
 
 
 @_benchmark
+def checkpoint(
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="What is trained.")] = "mnist",
+    data: Data = MNIST,
+    np: options.Processes = None,
+    where: options.Where = options.HERE,
+) -> Iterable:
+    """Checkpoints beside the training: what one costs its throughput, and the proof in it that ranks are in step.
+
+    Examples:
+        $ hpcai benchmark checkpoint
+        $ hpcai benchmark checkpoint mnist-mlp --np 2
+    """
+    chosen, build_model = _recipes(recipe)[recipe]
+    path = _dataset(data)
+    if ranks := where.ranks(np):
+        return InRanks(ranks)
+    return _module("checkpoint").measure(path, chosen, build_model, _started_ranks())
+
+
+@_benchmark
 def accuracy(data: Data = MNIST) -> Iterable:
     """Seconds from the command line to 99 % on MNIST, against the tutorials' script.
 

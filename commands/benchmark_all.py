@@ -15,10 +15,10 @@ benchmark_all = typer.Typer()
 """A part of the group `hpcai benchmark`."""
 
 PETIMAGES = Path("data/petimages.zip")
-NAMES = ("start", "input", "train", "matmul", "allreduce", "scaling", "horovod", "inference", "serve", "accuracy",
-       "memory", "preprocess", "photographs", "tutorial", "quantization")
+NAMES = ("start", "input", "train", "checkpoint", "matmul", "allreduce", "scaling", "horovod", "inference", "serve",
+         "accuracy", "memory", "preprocess", "photographs", "tutorial", "quantization")
 NEED_HOROVOD = {"matmul", "allreduce", "scaling", "horovod"}
-TAKE_DATA = {"input", "train", "accuracy", "scaling", "horovod"}
+TAKE_DATA = {"input", "train", "checkpoint", "accuracy", "scaling", "horovod"}
 TAKE_PHOTOGRAPHS = {"preprocess", "photographs", "tutorial"}
 
 

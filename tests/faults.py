@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import faults_ranks
 import faults_stops
 import faults_surroundings
 from faults_lab import Lab
@@ -27,6 +28,9 @@ PARTS: dict[str, Callable[[Lab, float], tuple[str, list[str]]]] = {
     "kills-2": lambda lab, scale: faults_stops.kills(lab, _count(50, scale), 2),
     "terms-1": lambda lab, scale: faults_stops.terms(lab, _count(20, scale), 1),
     "terms-2": lambda lab, scale: faults_stops.terms(lab, _count(20, scale), 2),
+    "rank-killed": lambda lab, scale: faults_ranks.killed(lab),
+    "rank-stopped": lambda lab, scale: faults_ranks.stopped(lab),
+    "elastic": lambda lab, scale: faults_ranks.elastic(lab),
     "driver": lambda lab, scale: faults_surroundings.driver(lab),
     "disk-full": lambda lab, scale: faults_surroundings.disk_full(lab),
     "read-only": lambda lab, scale: faults_surroundings.read_only(lab),

@@ -177,13 +177,12 @@ class Trial:
         raise LookupError(f"no rank {number}")
 
     def signal(self, number: int, processes: list[int] | None = None) -> float:
-        """Send a signal to some of its processes, to all by default; return when."""
+        """Send a signal to some of its processes, to all by default; return when it had been sent."""
         processes = self.processes() if processes is None else processes
-        moment = time.monotonic()
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        return moment
+        return time.monotonic()
 
     def kill(self, known: list[int] | None = None) -> None:
         """Kill all of its processes, those first that are known already, and wait until they are gone."""

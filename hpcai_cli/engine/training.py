@@ -121,12 +121,12 @@ def train(job: Job, *, resume: bool) -> dict:
                 pause = run_blocks(job, at, chosen, blocks, after_block)
                 at.seconds += time.monotonic() - started_again
                 if pause is not Pause.END:
-                    _prove_finite(job, model, at)
+                    prove_finite(job, model, at)
                     keeper.save()
             own_ms = watch.own_ms(at.step)
             if pause is Pause.STOP:
                 stop_here()
-            _prove_finite(job, model, at)
+            prove_finite(job, model, at)
             try:
                 row = _finish_epoch(job, at, optimizer, validate)
             except evaluation.AbandonedError:
@@ -188,7 +188,7 @@ def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
     return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns, stop=stop)
 
 
-def _prove_finite(job: Job, model: keras.Model, at: Position) -> None:
+def prove_finite(job: Job, model: keras.Model, at: Position) -> None:
     """Check the weights, since the loss of the last step is that of the weights before its update.
 
     Raises:

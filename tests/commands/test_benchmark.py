@@ -224,6 +224,26 @@ def test_train_says_where_the_time_goes(hpcai, digits, monkeypatch):
     assert figures["mnist-mlp: time of a step, p50"] <= figures["mnist-mlp: time of a step, p99"]
 
 
+def test_checkpoint_says_what_one_costs(hpcai, digits, monkeypatch):
+    from hpcai_cli.engine.benchmarks import checkpoint
+
+    for name, value in {"ROUNDS": 2, "SECONDS": 0.3, "CHECKPOINTS": 2}.items():
+        monkeypatch.setattr(checkpoint, name, value)
+    figures = figures_of(hpcai("benchmark", "checkpoint", "mnist-mlp", "--data", digits, "--json"))
+    proof = figures["mnist-mlp: the proof at each, that the ranks are in step"]["value"]
+    share = figures["mnist-mlp: share of the time in proofs, one every 30 s"]
+    assert share["value"] == pytest.approx(proof / 30_000) and share["at_most"] and share["limit"] == 0.005
+    assert share["holds"]
+    assert 0 < proof < figures["mnist-mlp: of it in the loop, proof, snapshot and waiting"]["value"]
+    costs = figures["mnist-mlp: what one costs the training"]["rounds"]
+    against = figures["mnist-mlp: throughput with one every 30 s, against none"]
+    assert against["rounds"] == pytest.approx([30_000 / (30_000 + cost) for cost in costs])
+    assert against["limit"] == 0.965
+    # Weights and two slots of Adam, of the newest two checkpoints.
+    assert figures["mnist-mlp: those that stay"]["value"] > 1
+    assert not [path for path in Path().iterdir() if path.name.startswith(".checkpoint-")]
+
+
 def test_preprocess_measures_the_photographs_that_can_be_used(hpcai, pets):
     figures = figures_of(hpcai("benchmark", "preprocess", "--photographs", pets, "--json"))
     assert "39 photographs to 150x150x3, 2 processes" in figures, list(figures)
@@ -262,7 +282,7 @@ def test_memory_trains_on_files_that_take_no_room(hpcai, monkeypatch):
 
 
 @pytest.mark.parametrize("module", [
-    "start", "input", "train", "accuracy", "memory", "quantization", "photographs.photographs",
+    "start", "input", "train", "checkpoint", "accuracy", "memory", "quantization", "photographs.photographs",
     "photographs.preprocess", "photographs.tutorial", "inference.inference", "load.serve",
     "load.serve_url", "matrix.matmul", "collective.allreduce", "collective.collective_ranks", "collective.fusion"])
 def test_nothing_is_measured_before_the_machine_is_watched(module):

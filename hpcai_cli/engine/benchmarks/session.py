@@ -11,7 +11,7 @@ from hpcai_cli.engine.energy import Meter
 from hpcai_cli.errors import GateError
 from hpcai_cli.signals import sigterm_interrupts
 
-IN_RANKS = {"train", "scaling", "allreduce", "matmul"}
+IN_RANKS = {"train", "checkpoint", "scaling", "allreduce", "matmul"}
 """What all ranks measure together; under a launcher rank 0 measures the others alone."""
 
 
