@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from hpcai_cli import host_check
+from hpcai_cli import host_check, last_will
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError
 from hpcai_cli.launch import ANNOUNCEMENT, TERMINAL_VARIABLE, VERBOSE_VARIABLE, beside
 from hpcai_cli.launchers import Ranks
@@ -76,10 +76,12 @@ def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()
     if sys.stderr.isatty() and not ranks.other_hosts and ranks.launcher != "srun":
         environment[TERMINAL_VARIABLE] = os.ttyname(2)
     # A session of its own: a Ctrl-C on the terminal comes to us alone, and we pass it on as the wish to stop; the
-    # launcher would end the ranks before they could save themselves.
+    # launcher would end the ranks before they could save themselves. When we are killed it ends them too, which would
+    # otherwise train on unseen and keep the run's lock.
     process = subprocess.Popen(
         [*ranks.words(), beside("hpcai"), *arguments], env=environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        preexec_fn=last_will.ended_by_ours())
     reader = _Reader(process, is_srun=ranks.launcher == "srun")
     with _forwarded(process, ranks, reader) as asked:
         outcome = reader.outcome()

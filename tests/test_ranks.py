@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpcai_cli import run_lock
+
 HPCAI = str(Path(sys.executable).parent / "hpcai")
 HOROVODRUN = str(Path(sys.executable).parent / "horovodrun")
 
@@ -206,6 +208,19 @@ def test_a_rank_that_is_killed_fails_the_job(folder, launcher):
     assert "error: rank 1 was ended by SIGKILL" in errors and errors.count("error:") == 1, errors
     failure = json.loads((folder / "killed" / "failure.json").read_text())
     assert (failure["exit_code"], failure["rank"]) == (1, 1) and "SIGKILL" in failure["message"]
+
+
+@needs_horovod
+@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
+def test_ranks_end_when_the_process_that_started_them_is_killed(folder, launcher):
+    events, words = folder / "orphaned" / "events.jsonl", ("train", "./tiny.py", "--np", "2", "--launcher", launcher)
+    with started(HPCAI, *words, "--epochs", "100000", "--output", "orphaned") as job:
+        wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job, 120)
+        job.kill()
+        job.communicate(timeout=60)
+    # They would hold it as long as they train.
+    with run_lock.held(folder / "orphaned", patience=20):
+        pass
 
 
 @needs_horovod
