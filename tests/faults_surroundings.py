@@ -15,7 +15,7 @@ from faults_lab import EVERY, Lab, Trial
 
 from hpcai_cli.errors import EXIT_STOPPED, DataError, UsageError
 
-ORPHANS = 10
+ORPHANS = 15
 """Seconds after which nothing goes on of a job whose parent was killed."""
 DISK = "24m"
 """Of the disk that is filled: some checkpoints of 2 MB and the model."""
@@ -160,11 +160,14 @@ def data_replaced(lab: Lab) -> tuple[str, list[str]]:
 def two_trainings(lab: Lab) -> tuple[str, list[str]]:
     """Start a second training on a run: it is refused, and names the first, which goes on."""
     trial, problems = _under_way(lab, "twice"), []
+    # Or it might be done before the others have loaded their libraries.
+    trial.signal(signal.SIGSTOP)
     for np in (1, 2):
         second = lab.train("twice", np=np)
         if second.wait() != UsageError.exit_code or f"is being trained by process {trial.process.pid} on " not in (
                 second.said()):
             problems.append(f"a second one of {np}: exit code {second.process.returncode}: {second.said()[-300:]}")
+    trial.signal(signal.SIGCONT)
     return "the second is refused, alone and as two ranks, and names the first", problems + lab.finished_by(trial)
 
 
