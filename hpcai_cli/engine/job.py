@@ -20,6 +20,7 @@ from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError, is_aftermath
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
@@ -78,7 +79,7 @@ def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
     return run or Run.create(request.recipe.name, request.output), file
 
 
-def run_here(request: Request, stop: StopRequest) -> dict:
+def run_here(request: Request, stop: StopRequest, pulse: Pulse) -> dict:
     """Train in this process, one of several or alone, and return the result.
 
     Raises:
@@ -97,6 +98,7 @@ def run_here(request: Request, stop: StopRequest) -> dict:
             training,
         )
 
+        pulse.begin()
         autotune_log = autotune.begin()
         groups = rank_groups.groups(request.tensor_parallel)
         ranks = profiled_ranks.join() if request.profile else distributed.start(groups)
@@ -111,6 +113,7 @@ def run_here(request: Request, stop: StopRequest) -> dict:
         facts["horovod"] = autotune.settings()
     folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
+    pulse.attend(run)
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
                  f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
     request = dataclasses.replace(request, recipe=fitted(request.recipe, dataset))
@@ -123,7 +126,8 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                            profiler=request.profile and profiling.Profiler(
                                request.profile, run.profile, ranks, request.recipe, threads),
                            energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
-                           autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel))
+                           autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel),
+                           pulse=pulse)
         result = training.train(job, resume=request.resume is not None)
     except Exception as error:
         if is_aftermath(error):

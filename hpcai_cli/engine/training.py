@@ -33,6 +33,7 @@ from hpcai_cli.engine.store import Dataset, Split
 from hpcai_cli.engine.task import class_weights, task_of
 from hpcai_cli.engine.timed_ranks import LagWatch
 from hpcai_cli.errors import DataError, DivergedError, StoppedEarly
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_bytes, write_json
 from hpcai_cli.signals import StopRequest
@@ -71,6 +72,8 @@ class Job:
     """Where Horovod writes what it tries, on rank 0."""
     replicas: Replicas | None = None
     """The copies of the model among the ranks; one on each by default."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Is told that the work goes on."""
 
     def __post_init__(self):
         self.replicas = self.replicas or Replicas(self.ranks)
@@ -239,6 +242,7 @@ def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block],
         meter.add(sums, at.step + 1, block.examples)
         at.step += len(block.examples)
         at.cursor += sum(block.examples)
+        job.pulse.mark(at.step)
         after_block()
         if meter.stop_asked:
             break
@@ -269,7 +273,8 @@ def _validator(job: Job, model) -> Callable[[], dict]:
 
 
 def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
-    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns)
+    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns,
+                                on_batch=lambda _: job.pulse.mark())
 
 
 def _prove_finite(job: Job, model: keras.Model, at: Position) -> None:
@@ -331,7 +336,8 @@ def _save(job: Job, at: Position, model, optimizer, weights) -> None:
         history.write_history(job.run, at.history)
         _event(job, "checkpoint", step=at.step)
 
-    on_rank_zero(job.ranks, write)
+    with job.pulse.slow():
+        on_rank_zero(job.ranks, write)
 
 
 def _anyone_stopped(job: Job) -> bool:
@@ -397,7 +403,8 @@ def _finish(job: Job, at: Position, model, *, seconds: float, samples: int) -> d
         job.run.failure_file.unlink(missing_ok=True)
         _event(job, "finished", **metrics)
 
-    on_rank_zero(job.ranks, write)
+    with job.pulse.slow():
+        on_rank_zero(job.ranks, write)
     return result
 
 
