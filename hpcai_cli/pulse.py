@@ -16,7 +16,7 @@ from hpcai_cli.errors import HpcaiError
 from hpcai_cli.run import Run
 
 BEAT = "\x1dhpcai-beat"
-"""Begins a line with rank, step and state, which no person gets to see."""
+"""Begins a line with rank, step, steps at a time and state, which no person gets to see."""
 WORKING, STALLED, OVER = "working", "stalled", "over"
 SLOW = 10
 """What is slow and shows no steps, such as compiling the first one, may take so many times the heartbeat."""
@@ -37,23 +37,29 @@ class Pulse:
 
     def __init__(self, seconds: float = 0.0):
         self._seconds, self._interval = seconds, min(max(seconds / 6, _SHORTEST), _LONGEST) if seconds else _LONGEST
-        self._step, self._gap, self._is_slow = -1, 0.0, True
+        self._step, self._stride, self._gap, self._is_slow = -1, 1, 0.0, True
         self._marked = self._busy = time.monotonic()
         self._place, self._is_supervised = launch.place(), bool(os.environ.get(launch.STARTED_VARIABLE))
         self._stream, self._run, self._stacks, self._thread = None, None, None, None
-        self._over = threading.Event()
+        self._awake, self._is_over = threading.Event(), False
 
     # ---- What the work calls -----------------------------------------------------------------------------------------
 
     def mark(self, step: int | None = None) -> None:
-        """Note that the work goes on, and which step is done."""
+        """Note that the work goes on, and the last of the steps that are done."""
         now = time.monotonic()
         if not self._is_slow:
             self._gap = max(self._gap, now - self._marked)
         self._marked = now
         if step is not None:
-            # The first step has been compiled: from now on they come regularly.
-            self._step, self._is_slow = step, False
+            if self._step >= 0:
+                # Small steps come several at a time.
+                self._stride = max(self._stride, step - self._step)
+            is_first, self._step = self._step < 0, step
+            if is_first:
+                # It has been compiled: from now on they come regularly. Whether there was one is told at once.
+                self._is_slow = False
+                self._awake.set()
 
     @contextmanager
     def slow(self) -> Iterator[None]:
@@ -107,7 +113,8 @@ class Pulse:
     def __exit__(self, *exception) -> None:
         if self._stream is None:
             return
-        self._over.set()
+        self._is_over = True
+        self._awake.set()
         if self._thread:
             # It may be held up by a reader who does not read.
             self._thread.join(self._interval)
@@ -121,7 +128,11 @@ class Pulse:
 
     def _beat(self) -> None:
         last, before = time.monotonic(), time.clock_gettime(self._clock)
-        while not self._over.wait(self._interval):
+        while True:
+            self._awake.wait(self._interval)
+            self._awake.clear()
+            if self._is_over:
+                return
             now, used = time.monotonic(), time.clock_gettime(self._clock)
             if now - last > 3 * self._interval:
                 # The whole process stood still, as a batch system suspends jobs: that time counts for nobody.
@@ -139,7 +150,8 @@ class Pulse:
             # Whoever listened may have gone.
             with suppress(OSError):
                 # In one piece and past Python's own stream, whose lock the thread that hangs may hold.
-                os.write(self._stream, f"{BEAT} {self._place.rank} {self._step} {state}\n".encode())
+                line = f"{BEAT} {self._place.rank} {self._step} {self._stride} {state}\n"
+                os.write(self._stream, line.encode())
 
     def _end(self, now: float) -> None:
         """End this process, and by it the job, whose other ranks wait for it as it waits for them."""

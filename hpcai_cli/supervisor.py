@@ -26,6 +26,8 @@ class Failure:
     happened: str
     step: int
     """The furthest that a rank has told of; -1 before the first."""
+    stride: int
+    """It was at work on as many more, at most."""
     exit_code: int
     is_transient: bool
     """Whether it may go well the next time."""
@@ -33,6 +35,10 @@ class Failure:
     """Whether a rank has said what went wrong."""
     rank: int | None
     launcher_words: str
+
+    def is_where(self, other: "Failure") -> bool:
+        """Tell whether both can be of the same step, of those that are taken together."""
+        return abs(self.step - other.step) < max(self.stride, other.stride)
 
     def __str__(self) -> str:
         return f"{self.happened} {at_step(self.step)}"
@@ -57,18 +63,24 @@ def supervise(ranks: Ranks, arguments: Callable[[str], list[str]], run: Run, fil
     before, restarts = None, 0
     while True:
         watch = Watch(ranks.np, heartbeat, run.stacks)
-        outcome = rank_processes.run_ranks(ranks, arguments("--resume" if resumes else "--output"), files, watch)
+        try:
+            outcome = rank_processes.run_ranks(ranks, arguments("--resume" if resumes else "--output"), files, watch)
+        except KeyboardInterrupt:
+            # This attempt had nothing to save yet, but one before it may have.
+            if restarts and _is_saved(run):
+                _raise_stopped(run, "a signal")
+            raise
         # Ranks that were killed have left theirs.
         stacks.clear(run.stacks)
         if outcome.exit_code in (0, EXIT_STOPPED):
             return outcome.exit_code
         failure = _failure(outcome, watch, run)
         if not failure.is_transient or max_restarts == 0:
-            return _told(failure, run, "")
-        if before and before.step == failure.step:
-            return _told(failure, run, f", where it had failed before: {before.happened}", is_new=True)
+            return _told(failure, run)
+        if before and failure.is_where(before):
+            return _told(failure, run, f", where it had failed before: {before.happened}")
         if restarts == max_restarts:
-            return _told(failure, run, f", after {_plural(restarts, 'restart')}", is_new=True)
+            return _told(failure, run, f", after {_plural(restarts, 'restart')}")
         before, restarts = failure, restarts + 1
         resumes = _pause(failure, run, f"{restarts} of {max_restarts}", min(2 ** (restarts - 1), LONGEST_PAUSE))
 
@@ -79,24 +91,25 @@ def _failure(outcome: Outcome, watch: Watch, run: Run) -> Failure:
     recorded = read_json(run.failure_file) if run.failure_file.is_file() else {}
     if recorded and not outcome.hang:
         # The ranks' own record is the truth: which of them the launcher sees end first is a race.
-        code, rank = recorded.get("exit_code", code), recorded.get("rank", rank)
+        code = recorded.get("exit_code", code)
+        rank = rank if outcome.signal else recorded.get("rank", rank)
     if outcome.reported and not (outcome.hang or outcome.signal):
         happened = "the training failed" if rank is None else f"rank {rank} failed"
     # What was wrong with the request, the data or the mathematics is so the next time too. A launcher that ends without
     # a word has lost a host, unless it never came to start all ranks.
     is_transient = code not in (2, 3, 4, 5, 6, EXIT_INTERRUPTED) and not outcome.answered and bool(
         outcome.hang or outcome.signal or watch.step >= 0 or rank is None and not outcome.reported and watch.all_began)
-    return Failure(happened, watch.step, code, is_transient, outcome.reported and not outcome.hang, rank,
+    return Failure(happened, watch.step, watch.stride, code, is_transient, outcome.reported and not outcome.hang, rank,
                    "hang" if outcome.hang else outcome.launcher_words)
 
 
-def _told(failure: Failure, run: Run, history: str, *, is_new: bool = False) -> int:
-    """Return the exit code of a failure that the ranks have told of; tell of another one.
+def _told(failure: Failure, run: Run, history: str = "") -> int:
+    """Return the exit code of a failure that the ranks have told of; tell of another one, and of what came before it.
 
     Raises:
-        HpcaiError: nobody has told of it yet, or what came before it is new.
+        HpcaiError: there is something to tell.
     """
-    if failure.is_told and not is_new:
+    if failure.is_told and not history:
         return failure.exit_code
     resume = f"go on with `hpcai train --resume {run.folder}`" if _is_saved(run) else "train again"
     if run.stacks.is_dir():
@@ -124,11 +137,9 @@ def _pause(failure: Failure, run: Run, number: str, seconds: int) -> bool:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not stop.received:
             time.sleep(0.05)
-    if stop.received and is_saved:
-        run.event("stopped", step=failure.step, signal=stop.received)
-        raise StoppedEarly(f"stopped by {stop.received} before a restart; the newest checkpoint is there",
-                           mend=f"continue with `hpcai train --resume {run.folder}`")
     if stop.received:
+        if is_saved:
+            _raise_stopped(run, stop.received)
         raise KeyboardInterrupt
     run.failure_file.unlink(missing_ok=True)
     if not begins:
@@ -136,6 +147,12 @@ def _pause(failure: Failure, run: Run, number: str, seconds: int) -> bool:
             # What was being written when the ranks ended; the folder has to be empty.
             left.unlink()
     return begins
+
+
+def _raise_stopped(run: Run, name: str) -> None:
+    run.event("stopped", signal=name)
+    raise StoppedEarly(f"stopped by {name} at a restart; the newest checkpoint is there",
+                       mend=f"continue with `hpcai train --resume {run.folder}`")
 
 
 def _is_saved(run: Run) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcai_cli import rank_signals, stacks
@@ -25,6 +25,7 @@ _HELD_SECONDS = 2.0
 class _Beat:
     heard: float
     step: int
+    stride: int
     state: str
 
 
@@ -53,14 +54,21 @@ class Watch:
         return max((beat.step for beat in self._beats.values()), default=-1)
 
     @property
+    def stride(self) -> int:
+        """How many steps a rank takes at a time: a failure lies within so many after `step`."""
+        return max((beat.stride for beat in self._beats.values()), default=1)
+
+    @property
     def all_began(self) -> bool:
         """Whether every rank has come to its work."""
         return len(self._beats) == self._np
 
     def heard(self, rank: int, words: list[str]) -> None:
         """Take a beat: the words behind its mark."""
-        if len(words) == 3 and words[0] == str(rank) and words[1].lstrip("-").isdecimal():
-            self._beats[rank] = _Beat(time.monotonic(), int(words[1]), words[2])
+        with suppress(ValueError):
+            own, step, stride, state = words
+            if own == str(rank):
+                self._beats[rank] = _Beat(time.monotonic(), int(step), int(stride), state)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -110,8 +118,8 @@ class Watch:
 
     def _forgive(self, seconds: float) -> None:
         for rank, beat in list(self._beats.items()):
-            # One that came meanwhile counts as it is.
-            self._beats[rank] = _Beat(max(self._beats[rank].heard, beat.heard + seconds), beat.step, beat.state)
+            if self._beats[rank] is beat:
+                self._beats[rank] = replace(beat, heard=beat.heard + seconds)
 
     def _judge(self, now: float, begun: float, started: Mapping[int, tuple[int, str]]) -> tuple[str, int | None] | None:
         """Return what is wrong, and whose fault it is."""
