@@ -128,7 +128,9 @@ def run_here(request: Request, stop: StopRequest, pulse: Pulse) -> dict:
                            energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
                            autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel),
                            pulse=pulse)
-        result = training.train(job, resume=request.resume is not None)
+        # A run that failed before its first checkpoint begins anew in its folder.
+        saved = distributed.on_rank_zero(ranks, lambda: any(run.checkpoints.glob("step-*")))
+        result = training.train(job, resume=request.resume is not None and saved)
     except Exception as error:
         if is_aftermath(error):
             raise
