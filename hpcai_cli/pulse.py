@@ -107,8 +107,11 @@ class Pulse:
         """Write the stacks of all threads into the run's folder on SIGUSR2, also from within a call that hangs."""
         if self._stream is None:
             return
-        self._run, self._stacks = run, stacks.opened(run.stacks, self._place.rank)
-        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        self._run = run
+        # Another host need not see the folder: only rank 0 has to write there.
+        with suppress(OSError):
+            self._stacks = stacks.opened(run.stacks, self._place.rank)
+            faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
 
     def __exit__(self, *exception) -> None:
         if self._stream is None:
