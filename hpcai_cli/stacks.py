@@ -9,6 +9,7 @@ from pathlib import Path
 _HEADER = "--- "
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)', re.MULTILINE)
 _LIBRARIES = re.compile(r"^<|/(?:site|dist)-packages/|/lib/python\d|/bin/[^/]*$")
+_GENERATED = "__autograph_generated_file"
 _WAIT_SECONDS = 2.0
 
 
@@ -58,10 +59,16 @@ def recipe_lines(folder: Path, ranks: Iterable[int]) -> dict[int, str]:
     for rank in ranks:
         with contextlib.suppress(OSError):
             newest = _file(folder, rank).read_text(errors="replace").rpartition(f"\n{_HEADER}")[2]
-            for path, line, name in _FRAME.findall(newest):
-                if not _is_library(path):
+            frames = [frame for frame in _FRAME.findall(newest) if not _is_library(frame[0])]
+            for path, line, name in frames:
+                # AutoGraph gives a function another name and file, and adds functions of its own.
+                if _GENERATED not in path:
                     found[rank] = f"{name} of {Path(path).name}, line {line}"
-                    break
+                elif name.startswith("tf__"):
+                    found[rank] = name.removeprefix("tf__")
+                else:
+                    continue
+                break
     return found
 
 
