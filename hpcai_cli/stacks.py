@@ -10,7 +10,7 @@ _HEADER = "--- "
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)', re.MULTILINE)
 _LIBRARIES = re.compile(r"^<|/(?:site|dist)-packages/|/lib/python\d|/bin/[^/]*$")
 _GENERATED = "__autograph_generated_file"
-_WAIT_SECONDS = 2.0
+_WAIT_SECONDS = 5.0
 
 
 def opened(folder: Path, rank: int):
@@ -30,7 +30,7 @@ def clear(folder: Path) -> None:
 
 
 def collect(folder: Path, ranks: Iterable[int], cause: str, ask: Callable[[], None]) -> None:
-    """Let the ranks write their stacks, and wait until they have, or for two seconds.
+    """Let the ranks write their stacks, and wait until they have, or for five seconds.
 
     Args:
         cause: a line above them.

@@ -50,13 +50,10 @@ class Job:
     def __init__(self, folder: Path, process: subprocess.Popen):
         self.folder, self.process = folder, process
 
-    def epochs(self) -> int:
+    def wait_for(self, checkpoints: int) -> None:
         events = self.folder / "run" / "events.jsonl"
-        return events.read_text().count('"epoch"') if events.exists() else 0
-
-    def wait_for(self, epochs: int) -> None:
         end = time.monotonic() + 150
-        while self.epochs() < epochs:
+        while not events.exists() or events.read_text().count('"event": "checkpoint"') < checkpoints:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < end, "the training does not come that far"
             time.sleep(0.02)
@@ -142,7 +139,7 @@ def events(run: Path, kind: str) -> list[dict]:
 @pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
 def test_a_killed_rank_costs_nothing_but_time(train, undisturbed, launcher):
     with train("--np", "2", "--launcher", launcher) as job:
-        job.wait_for(5)
+        job.wait_for(3)
         os.kill(job.ranks()[1], signal.SIGKILL)
         code, said = job.end()
     assert code == 0, said
@@ -157,7 +154,7 @@ def test_a_killed_rank_costs_nothing_but_time(train, undisturbed, launcher):
 
 def test_a_single_process_is_restarted_where_that_is_asked_for(train, undisturbed):
     with train("--max-restarts", "1") as job:
-        job.wait_for(5)
+        job.wait_for(3)
         os.kill(job.ranks()[0], signal.SIGKILL)
         code, said = job.end()
     assert code == 0, said
@@ -184,7 +181,7 @@ def test_a_signal_in_a_pause_ends_it_and_the_run_can_be_resumed(train):
 @needs_horovod
 def test_a_stopped_rank_is_found_and_the_training_goes_on(train, undisturbed):
     with train("--np", "2", "--heartbeat", "5") as job:
-        job.wait_for(5)
+        job.wait_for(3)
         stopped = time.monotonic()
         os.kill(job.ranks()[1], signal.SIGSTOP)
         said = ""
@@ -204,7 +201,7 @@ def test_a_stopped_rank_is_found_and_the_training_goes_on(train, undisturbed):
 @needs_horovod
 def test_ranks_that_are_all_stopped_are_found(train):
     with train("--np", "2", "--heartbeat", "5", "--max-restarts", "0") as job:
-        job.wait_for(5)
+        job.wait_for(3)
         for process in job.ranks().values():
             os.kill(process, signal.SIGSTOP)
         code, said = job.end()
