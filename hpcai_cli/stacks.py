@@ -59,17 +59,20 @@ def recipe_lines(folder: Path, ranks: Iterable[int]) -> dict[int, str]:
     for rank in ranks:
         with contextlib.suppress(OSError):
             newest = _file(folder, rank).read_text(errors="replace").rpartition(f"\n{_HEADER}")[2]
-            frames = [frame for frame in _FRAME.findall(newest) if not _is_library(frame[0])]
-            for path, line, name in frames:
-                # AutoGraph gives a function another name and file, and adds functions of its own.
-                if _GENERATED not in path:
-                    found[rank] = f"{name} of {Path(path).name}, line {line}"
-                elif name.startswith("tf__"):
-                    found[rank] = name.removeprefix("tf__")
-                else:
-                    continue
-                break
+            places = [place for thread in newest.split("\nThread ") if (place := _place(thread))]
+            if places:
+                found[rank] = places[0]
     return found
+
+
+def _place(thread: str) -> str:
+    """Return the innermost place of a thread's stack that is neither ours nor a library's, empty where there is none."""
+    frames = [frame for frame in _FRAME.findall(thread) if not _is_library(frame[0])]
+    for path, line, name in frames:
+        if _GENERATED not in path:
+            return f"{name} of {Path(path).name}, line {line}"
+    # AutoGraph has written the function anew, and calls functions of its own within.
+    return frames[-1][2].removeprefix("tf__") if frames else ""
 
 
 def _file(folder: Path, rank: int) -> Path:

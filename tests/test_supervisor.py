@@ -224,7 +224,7 @@ def test_a_deadlock_at_the_same_step_is_named_and_given_up(train):
     error = said[said.index("error: "):]
     assert error.startswith("error: " + where) and "where it had failed before" in error
     stacks = (job.folder / "run" / "stacks" / "rank-1.txt").read_text()
-    assert stacks.count("in tf__the_place_where_it_hangs") == 2
+    assert stacks.count("in the_place_where_it_hangs") == 2
     assert json.loads((job.folder / "run" / "failure.json").read_text())["rank"] == 1
 
 
@@ -237,7 +237,7 @@ def test_ranks_that_somebody_else_has_started_end_where_they_hang(tiny_folder):
                            "--heartbeat", "4"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     assert "error: no progress for " in done.stderr and "\x1d" not in done.stderr
-    assert "in tf__the_place_where_it_hangs" in (tiny_folder / "run" / "stacks" / "rank-1.txt").read_text()
+    assert "in the_place_where_it_hangs" in (tiny_folder / "run" / "stacks" / "rank-1.txt").read_text()
 
 
 # ---- What is tried again -------------------------------------------------------------------------------------------
