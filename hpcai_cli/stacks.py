@@ -66,7 +66,7 @@ def recipe_lines(folder: Path, ranks: Iterable[int]) -> dict[int, str]:
 
 
 def _place(thread: str) -> str:
-    """Return the innermost place of a thread's stack that is neither ours nor a library's, empty where there is none."""
+    """Return the innermost place of a thread that is neither ours nor a library's, empty where there is none."""
     frames = [frame for frame in _FRAME.findall(thread) if not _is_library(frame[0])]
     for path, line, name in frames:
         if _GENERATED not in path:
