@@ -9,7 +9,8 @@ from pathlib import Path
 _HEADER = "--- "
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)', re.MULTILINE)
 _LIBRARIES = re.compile(r"^<|/(?:site|dist)-packages/|/lib/python\d|/bin/[^/]*$")
-_WAIT_SECONDS = 2.0
+_GENERATED = "__autograph_generated_file"
+_WAIT_SECONDS = 5.0
 
 
 def opened(folder: Path, rank: int):
@@ -29,7 +30,7 @@ def clear(folder: Path) -> None:
 
 
 def collect(folder: Path, ranks: Iterable[int], cause: str, ask: Callable[[], None]) -> None:
-    """Let the ranks write their stacks, and wait until they have, or for two seconds.
+    """Let the ranks write their stacks, and wait until they have, or for five seconds.
 
     Args:
         cause: a line above them.
@@ -58,11 +59,20 @@ def recipe_lines(folder: Path, ranks: Iterable[int]) -> dict[int, str]:
     for rank in ranks:
         with contextlib.suppress(OSError):
             newest = _file(folder, rank).read_text(errors="replace").rpartition(f"\n{_HEADER}")[2]
-            for path, line, name in _FRAME.findall(newest):
-                if not _is_library(path):
-                    found[rank] = f"{name} of {Path(path).name}, line {line}"
-                    break
+            places = [place for thread in newest.split("\nThread ") if (place := _place(thread))]
+            if places:
+                found[rank] = places[0]
     return found
+
+
+def _place(thread: str) -> str:
+    """Return the innermost place of a thread that is neither ours nor a library's, empty where there is none."""
+    frames = [frame for frame in _FRAME.findall(thread) if not _is_library(frame[0])]
+    for path, line, name in frames:
+        if _GENERATED not in path:
+            return f"{name} of {Path(path).name}, line {line}"
+    # AutoGraph has written the function anew, and calls functions of its own within.
+    return frames[-1][2].removeprefix("tf__") if frames else ""
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -34,7 +34,8 @@ class Failure:
     is_told: bool
     """Whether a rank has said what went wrong."""
     rank: int | None
-    launcher_words: str
+    received: str
+    """What the launcher said, or how far the ranks have come."""
 
     def is_where(self, other: "Failure") -> bool:
         """Tell whether both can be of the same step, of those that are taken together."""
@@ -100,7 +101,7 @@ def _failure(outcome: Outcome, watch: Watch, run: Run) -> Failure:
     is_transient = code not in (2, 3, 4, 5, 6, EXIT_INTERRUPTED) and not outcome.answered and bool(
         outcome.hang or outcome.signal or watch.step >= 0 or rank is None and not outcome.reported and watch.all_began)
     return Failure(happened, watch.step, watch.stride, code, is_transient, outcome.reported and not outcome.hang, rank,
-                   "hang" if outcome.hang else outcome.launcher_words)
+                   watch.positions if outcome.hang else outcome.launcher_words)
 
 
 def _told(failure: Failure, run: Run, history: str = "") -> int:
@@ -116,7 +117,7 @@ def _told(failure: Failure, run: Run, history: str = "") -> int:
         mend = f"see in {run.stacks} what each thread did, or {resume}"
     else:
         mend = f"run it again with --verbose, or {resume}"
-    error = HpcaiError(f"{failure}{history}", mend=mend, received=failure.launcher_words)
+    error = HpcaiError(f"{failure}{history}", mend=mend, received=failure.received)
     run.record_failure(rank=failure.rank, error=error, exit_code=error.exit_code)
     raise error
 

@@ -15,7 +15,8 @@ from hpcai_cli.pulse import OVER, SLOW, STALLED, WORKING
 from hpcai_cli.rank_signals import SSH_SECONDS
 
 START_SECONDS = 60.0
-"""For which ranks may load their libraries at least, however short the heartbeat."""
+"""For which a rank may be silent as long as there is no step: what is loaded and compiled then can hold up all threads
+of Python."""
 _LOOK_SECONDS = 0.25
 _HELD_SECONDS = 2.0
 """Whoever looks so late was held up himself, and knows nothing of the ranks."""
@@ -57,6 +58,11 @@ class Watch:
     def stride(self) -> int:
         """How many steps a rank takes at a time: a failure lies within so many after `step`."""
         return max((beat.stride for beat in self._beats.values()), default=1)
+
+    @property
+    def positions(self) -> str:
+        """How far each of the first ranks has come."""
+        return ", ".join(f"rank {rank} at step {max(0, beat.step)}" for rank, beat in sorted(self._beats.items())[:8])
 
     @property
     def all_began(self) -> bool:
@@ -128,9 +134,7 @@ class Watch:
         patience = max(SLOW * self._seconds, START_SECONDS)
         if missing and now - begun > patience:
             return f"{_names(missing, started)} did not begin within {patience:.0f} s", missing[0]
-        # One that is over has to end too, but libraries take their time for that.
-        silent = [rank for rank, beat in sorted(beats.items())
-                  if now - beat.heard > (patience if beat.state == OVER else self._seconds)]
+        silent = [rank for rank, beat in sorted(beats.items()) if now - beat.heard > self._patience(beat)]
         if silent:
             longest = max(now - beats[rank].heard for rank in silent)
             gives = "gives" if len(silent) == 1 else "give"
@@ -139,6 +143,12 @@ class Watch:
         if not missing and STALLED in states and WORKING not in states:
             return "no rank makes progress" if self._np > 1 else "the process makes no progress", None
         return None
+
+    def _patience(self, beat: _Beat) -> float:
+        if beat.state == OVER:
+            # It has to end too, but libraries take their time for that.
+            return max(SLOW * self._seconds, START_SECONDS)
+        return self._seconds if beat.step >= 0 else max(self._seconds, START_SECONDS)
 
     def _end(self, process: subprocess.Popen, launcher: str, started: dict[int, tuple[int, str]]) -> None:
         """Have the stacks written, then end the ranks and what has started them."""

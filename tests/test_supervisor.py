@@ -31,7 +31,7 @@ def augment(inputs, seed, recipe):
     from hpcai_cli import launch
 
     def the_place_where_it_hangs(values, place):
-        while place == recipe.options["block_step"] * launch.place().size + 1:
+        while int(place) == recipe.options["block_step"] * launch.place().size + 1:
             time.sleep(1)
         return values
 
@@ -50,13 +50,10 @@ class Job:
     def __init__(self, folder: Path, process: subprocess.Popen):
         self.folder, self.process = folder, process
 
-    def epochs(self) -> int:
+    def wait_for(self, checkpoints: int) -> None:
         events = self.folder / "run" / "events.jsonl"
-        return events.read_text().count('"epoch"') if events.exists() else 0
-
-    def wait_for(self, epochs: int) -> None:
         end = time.monotonic() + 150
-        while self.epochs() < epochs:
+        while not events.exists() or events.read_text().count('"event": "checkpoint"') < checkpoints:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < end, "the training does not come that far"
             time.sleep(0.02)
@@ -142,7 +139,7 @@ def events(run: Path, kind: str) -> list[dict]:
 @pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
 def test_a_killed_rank_costs_nothing_but_time(train, undisturbed, launcher):
     with train("--np", "2", "--launcher", launcher) as job:
-        job.wait_for(5)
+        job.wait_for(3)
         os.kill(job.ranks()[1], signal.SIGKILL)
         code, said = job.end()
     assert code == 0, said
@@ -157,7 +154,7 @@ def test_a_killed_rank_costs_nothing_but_time(train, undisturbed, launcher):
 
 def test_a_single_process_is_restarted_where_that_is_asked_for(train, undisturbed):
     with train("--max-restarts", "1") as job:
-        job.wait_for(5)
+        job.wait_for(3)
         os.kill(job.ranks()[0], signal.SIGKILL)
         code, said = job.end()
     assert code == 0, said
@@ -183,33 +180,33 @@ def test_a_signal_in_a_pause_ends_it_and_the_run_can_be_resumed(train):
 
 @needs_horovod
 def test_a_stopped_rank_is_found_and_the_training_goes_on(train, undisturbed):
-    with train("--np", "2", "--heartbeat", "3") as job:
-        job.wait_for(5)
+    with train("--np", "2", "--heartbeat", "5") as job:
+        job.wait_for(3)
         stopped = time.monotonic()
         os.kill(job.ranks()[1], signal.SIGSTOP)
         said = ""
         while "restarting" not in said:
             said = job.process.stderr.readline()
             assert said, job.end()
-        assert time.monotonic() - stopped < 13
+        assert time.monotonic() - stopped < 15
         code, rest = job.end()
     assert code == 0, rest
-    assert "gives no sign of life for 3 s" in said and "rank 1 on " in said
+    assert "gives no sign of life for 5 s" in said and "rank 1 on " in said
     run = job.folder / "run"
     assert_as_undisturbed(run, undisturbed(2))
     for rank in (0, 1):
-        assert "in run_blocks" in (run / "stacks" / f"rank-{rank}.txt").read_text(), rank
+        assert "in train\n" in (run / "stacks" / f"rank-{rank}.txt").read_text(), rank
 
 
 @needs_horovod
 def test_ranks_that_are_all_stopped_are_found(train):
-    with train("--np", "2", "--heartbeat", "2", "--max-restarts", "0") as job:
-        job.wait_for(5)
+    with train("--np", "2", "--heartbeat", "5", "--max-restarts", "0") as job:
+        job.wait_for(3)
         for process in job.ranks().values():
             os.kill(process, signal.SIGSTOP)
         code, said = job.end()
     assert code == 1
-    assert said.count("error:") == 1 and "rank 0 on " in said and "give no sign of life for 2 s" in said, said
+    assert said.count("error:") == 1 and "rank 0 on " in said and "give no sign of life for 5 s" in said, said
     assert not job.ranks()
     failure = json.loads((job.folder / "run" / "failure.json").read_text())
     assert (failure["exit_code"], failure["rank"]) == (1, 0)
@@ -219,11 +216,11 @@ def test_ranks_that_are_all_stopped_are_found(train):
 def test_a_deadlock_at_the_same_step_is_named_and_given_up(train):
     recipe = Path("tiny.py")
     recipe.write_text(recipe.read_text().replace('"break_rank": -1', '"break_rank": -1, "block_step": 12') + BLOCKING)
-    with train("--np", "2", "--heartbeat", "2") as job:
+    with train("--np", "2", "--heartbeat", "4") as job:
         code, said = job.end()
     assert code == 1
-    where = "no rank makes progress (rank 1 is in the_place_where_it_hangs of tiny.py, line "
-    assert said.count(where) == 3 and said.count("restarting from the newest checkpoint") == 1, said
+    where = "no rank makes progress (rank 1 is in the_place_where_it_hangs) at step 1"
+    assert said.count(where) == 2 and said.count("restarting from the newest checkpoint") == 1, said
     error = said[said.index("error: "):]
     assert error.startswith("error: " + where) and "where it had failed before" in error
     stacks = (job.folder / "run" / "stacks" / "rank-1.txt").read_text()
@@ -237,7 +234,7 @@ def test_ranks_that_somebody_else_has_started_end_where_they_hang(tiny_folder):
     recipe = tiny_folder / "tiny.py"
     recipe.write_text(recipe.read_text().replace('"break_rank": -1', '"break_rank": -1, "block_step": 12') + BLOCKING)
     done = subprocess.run(["mpirun", "-np", "2", "--oversubscribe", HPCAI, "train", "./tiny.py", "--output", "run",
-                           "--heartbeat", "2"], capture_output=True, text=True, timeout=100)
+                           "--heartbeat", "4"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     assert "error: no progress for " in done.stderr and "\x1d" not in done.stderr
     assert "in the_place_where_it_hangs" in (tiny_folder / "run" / "stacks" / "rank-1.txt").read_text()

@@ -43,6 +43,16 @@ def test_who_is_silent_hangs(watch):
     assert judged(watch, 9) == ("rank 0 on a and rank 1 on b give no sign of life for 9 s", 0)
 
 
+def test_who_has_made_no_step_may_be_silent_longer(watch):
+    watch.heard(1, ["1", "-1", "1", "working"])
+    watch._forgive(0)
+    assert judged(watch, 5.1)[1] == 0
+    for rank in (0, 1):
+        watch.heard(rank, [str(rank), "-1", "1", "working"])
+    assert judged(watch, 59) is None
+    assert judged(watch, 61)[1] == 0
+
+
 def test_one_that_stands_still_may_wait_for_another_that_works(watch):
     watch.heard(0, ["0", "8", "4", "stalled"])
     assert judged(watch, 0) is None
