@@ -21,6 +21,7 @@ from hpcai_cli.engine import checkpoint, continuation, rank_groups
 from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, DataError, HpcaiError, UsageError, is_aftermath
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
@@ -91,7 +92,7 @@ def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
     return made, file
 
 
-def run_here(request: Request, stop: StopRequest) -> dict:
+def run_here(request: Request, stop: StopRequest, pulse: Pulse) -> dict:
     """Train in this process, one of several or alone, and return the result.
 
     Raises:
@@ -101,6 +102,7 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     with console.quiet():
         from hpcai_cli.engine import autotune, distributed, hardware, profiled_ranks
 
+        pulse.begin()
         autotune_log = autotune.begin()
         groups = rank_groups.groups(request.tensor_parallel)
         ranks = profiled_ranks.join() if request.profile else distributed.start(groups)
@@ -114,16 +116,17 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     if ranks.size > 1:
         facts["horovod"] = autotune.settings()
     with contextlib.ExitStack() as until_end:
-        return _train(request, stop, ranks, facts, autotune_log, until_end)
+        return _train(request, stop, pulse, ranks, facts, autotune_log, until_end)
 
 
-def _train(request: Request, stop: StopRequest, ranks, facts: dict, autotune_log: Path | None,
+def _train(request: Request, stop: StopRequest, pulse: Pulse, ranks, facts: dict, autotune_log: Path | None,
            until_end: contextlib.ExitStack) -> dict:
     """Train in ranks that are set up; what is to be ended afterwards goes to `until_end`."""
     from hpcai_cli.engine import distributed, energy, profiling, replicas, training
 
     folder, file, resume = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size, until_end))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
+    pulse.attend(run)
     limit, threads, policy = TimeLimit(request.max_time), facts["threads_per_rank"], facts["precision"]
     if ranks.rank == 0:
         until_end.enter_context(limit.watching(stop))
@@ -140,7 +143,7 @@ def _train(request: Request, stop: StopRequest, ranks, facts: dict, autotune_log
                                request.profile, run.profile, ranks, request.recipe, threads),
                            energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
                            autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel),
-                           cadence=request.cadence, limit=limit)
+                           cadence=request.cadence, limit=limit, pulse=pulse)
         result = training.train(job, resume=resume)
     except Exception as error:
         if is_aftermath(error):

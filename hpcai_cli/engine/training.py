@@ -88,7 +88,7 @@ def train(job: Job, *, resume: bool) -> dict:
     _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
            world_size=ranks.size)
     keeper = Keeper(run, job.cadence, ranks, replicas, job.wishes, job.limit, at=at, model=model, optimizer=optimizer,
-                    fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume)
+                    fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume, pulse=job.pulse)
     job.stop.tell(lambda: job.wishes.stop.assign(1.0))
 
     # ---- Train.
@@ -185,7 +185,8 @@ def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
     # Ranks that share a model compute together, and none can leave out its part.
     stop = evaluation.Stop(is_agreed=lambda: _anyone_stopped(job),
                            is_asked=lambda: job.replicas.parts == 1 and bool(job.stop.received))
-    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns, stop=stop)
+    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns, stop=stop,
+                                on_batch=lambda _: job.pulse.mark())
 
 
 def prove_finite(job: Job, model: keras.Model, at: Position) -> None:
@@ -318,7 +319,8 @@ def _finish(job: Job, at: Position, model, *, seconds: float, samples: int) -> d
         job.run.failure_file.unlink(missing_ok=True)
         _event(job, "finished", **metrics)
 
-    on_rank_zero(job.ranks, write)
+    with job.pulse.slow():
+        on_rank_zero(job.ranks, write)
     return result
 
 
