@@ -83,8 +83,9 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
             inputs = augment(inputs, seed)
         gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(
             inputs, labels, weights, seed)
-        sums = tf.concat([sums[:1] / ranks.size, sums[1:], [stop]], axis=0)
-        if ranks.size * ranks.parts > 1:
+        size = ranks.size_in_step()
+        sums = tf.concat([sums[:1] / tf.cast(size, tf.float32), sums[1:], [stop]], axis=0)
+        if tf.is_tensor(size) or size * ranks.parts > 1:
             # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
             # rank. Batch norm's moving statistics are averaged too, or the ranks would hold different models.
             gradients, means, sums = ranks.reduce(
@@ -102,7 +103,8 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     def steps(inputs, labels, weights, seed, stop, count):
         def one(number, rows):
             # Step and rank have a seed of their own, which resuming finds again.
-            sums = step(inputs[number], labels[number], weights[number], seed + [0, number * ranks.size], stop)
+            sums = step(inputs[number], labels[number], weights[number], seed + [0, number * ranks.size_in_step()],
+                        stop)
             return number + 1, rows.write(number, tf.ensure_shape(sums, (3,)))
 
         rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(3,))

@@ -25,9 +25,13 @@ class TimedRanks:
     """
 
     def __init__(self, ranks: Serial | Horovod):
-        self._ranks, self.size, self.parts, self.gradient_bytes = ranks, ranks.size, ranks.parts, 0
+        self._ranks, self.parts, self.gradient_bytes = ranks, ranks.parts, 0
         with tf.device("CPU:0"):
             self.seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+
+    def size_in_step(self) -> int | tf.Tensor:
+        """Return the number of ranks, for a step that is being compiled."""
+        return self._ranks.size_in_step()
 
     def reduce(self, gradients, averages, sums, **how):
         """Reduce as the ranks do."""
