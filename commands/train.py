@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hpcai_cli import catalog, console, launch, options, rank_processes
+from hpcai_cli import catalog, console, durations, launch, options, rank_processes, run_lock
+from hpcai_cli.cadence import Cadence
 from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
 from hpcai_cli.launchers import Ranks
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
@@ -28,7 +29,7 @@ def train(
     output: Annotated[Path | None, typer.Option(metavar="RUN", help="The run's folder; runs/RECIPE-N by "
                                                 "default.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue a run from its newest "
-                                                "checkpoint.")] = None,
+                                                "checkpoint, with --output in another folder.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set epochs=N.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Short for --set batch_size=N, per process.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Short for --set learning_rate=X.")] = None,
@@ -44,6 +45,14 @@ def train(
                                                  "part of its wide dense layers.")] = 1,
     prove: Annotated[bool, typer.Option("--prove", help="Show instead, in a few steps, that these processes train as "
                                         "one with batches as large as all of theirs.")] = False,
+    checkpoint_every: Annotated[list[str] | None, typer.Option(
+        metavar="N", help="How often a checkpoint is written beside the training: 500steps, 30s, 10m or 2epochs; "
+        "repeatable. At the end of each epoch, and every 10 minutes in a long one, by default.")] = None,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, metavar="K", help="Newest checkpoints that stay, besides the "
+                                                  "best.")] = 2,
+    max_time: Annotated[str | None, typer.Option(metavar="TIME", help="Save and end with exit code 75 before so much "
+                                                 "time has passed, such as 90m or 2h; under Slurm its limit counts "
+                                                 "too.")] = None,
     fusion: options.Fusion = options.UNFUSED,
     energy: options.Energy = False,
     power_file: options.PowerFile = None,
@@ -60,6 +69,8 @@ def train(
         $ hpcai train mnist --set architecture=tutorial --epochs 3 --batch-size 32
         $ hpcai train ./mine.py --data mine.h5 --output runs/first
         $ hpcai train --resume runs/first
+        $ hpcai train --resume runs/first --output runs/longer --epochs 20
+        $ hpcai train mnist --checkpoint-every 30s --max-time 2h
         $ hpcai train mnist-mlp --np 2 --tensor-parallel 2
         $ hpcai train mnist --np 2 --profile 100-120
         $ hpcai train mnist --energy
@@ -82,7 +93,9 @@ def train(
         raise UsageError(f"{fractions[0]} decides what is in the data file, and train only reads it",
                          mend="give it to `hpcai preprocess`")
     steps = _steps(profile) if profile is not None else None
-    entry, chosen = _entry_and_recipe(recipe, resume, output, assignments)
+    cadence = Cadence.of(checkpoint_every, keep_checkpoints) if checkpoint_every else Cadence(keep=keep_checkpoints)
+    seconds = durations.seconds(max_time, what="--max-time") if max_time is not None else None
+    entry, chosen = _entry_and_recipe(recipe, resume, assignments)
     if tensorboard and launch.missing_package("tensorboard"):
         raise MissingError("--tensorboard needs a package that is not installed",
                            mend="run `pip install 'hpcai[tensorboard]'`", received="tensorboard")
@@ -101,7 +114,8 @@ def train(
     source = entry.data_source()
     functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
     request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
-                          resume, tensorboard, steps, energy or power_file is not None, power_file, tensor_parallel)
+                          resume, tensorboard, steps, energy or power_file is not None, power_file, tensor_parallel,
+                          cadence, seconds)
     if prove:
         _prove(ranks, request, assignments, json)
         return
@@ -181,12 +195,9 @@ def _steps(text: str) -> tuple[int, int]:
     return first, last
 
 
-def _entry_and_recipe(name: str | None, resume: Path | None, output: Path | None,
+def _entry_and_recipe(name: str | None, resume: Path | None,
                       assignments: dict[str, str]) -> tuple[catalog.CatalogEntry, Recipe]:
     if resume is not None:
-        if output is not None:
-            raise UsageError("--resume continues a run in its own folder", expected="--resume or --output, not both",
-                             received=str(output))
         run = Run.open(resume)
         entry = catalog.find(name or run.manifest()["recipe_reference"])
         chosen = run.recipe()
@@ -204,11 +215,14 @@ def _entry_and_recipe(name: str | None, resume: Path | None, output: Path | None
 def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments: dict[str, str], json: bool) -> None:
     """Start this same command in so many processes on the folder and the data that were checked."""
     run, file = prepared
+    run_lock.check(run.folder)
     arguments = ["train", request.reference, "--data", str(file), "--resume" if request.resume else "--output",
                  str(run.folder), *options.words({
                      "--tensorboard": request.tensorboard, "--profile": "-".join(map(str, request.profile or ())),
                      "--energy": request.energy, "--power-file": request.power_file,
                      "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
+                     "--checkpoint-every": request.cadence.words(), "--keep-checkpoints": request.cadence.keep,
+                     "--max-time": request.max_time and f"{request.max_time:.3f}",
                      "--json": json, "--set": _settings(assignments)})]
     outcome = rank_processes.run_ranks(ranks, arguments, [file, run.folder])
     if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:

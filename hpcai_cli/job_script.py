@@ -132,8 +132,8 @@ while kill -0 "$process" 2> /dev/null; do wait "$process"; done
 wait "$process"
 code=$?'''
 _REQUEUE = '''\
-# 75 is saved; 130 and 138 are asked before there was anything to save.
-if [ "$asked" = limit ] && [[ "$code" =~ ^(75|130|138)$ ]]; then
+# 75 is saved, also by who has read the limit from Slurm; 130 and 138 are asked before there was anything to save.
+if [ "$asked" != stop ] && [[ "$code" = 75 || "$asked:$code" =~ ^limit:(130|138)$ ]]; then
     echo "stopped before the limit; queued again to go on" >&2
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+_$task}" && exit 75
 fi'''

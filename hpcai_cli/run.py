@@ -126,10 +126,15 @@ class Run:
         return threshold
 
     def event(self, kind: str, **values) -> None:
-        """Append one line to events.jsonl."""
-        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values}, default=str)
-        with self.events_file.open("a") as stream:
-            stream.write(line + "\n")
+        """Append one line to events.jsonl; what a full disk does not take is left out, and no reason to end."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values}, default=str).encode() + b"\n"
+        with contextlib.suppress(OSError), self.events_file.open("ab") as stream:
+            if stream.tell():
+                with self.events_file.open("rb") as before:
+                    before.seek(-1, os.SEEK_END)
+                    # A kill or a full disk has left a part of a line.
+                    line = line if before.read(1) == b"\n" else b"\n" + line
+            stream.write(line)
 
     def record_failure(self, *, rank: int | None, error: BaseException, exit_code: int) -> None:
         """Write failure.json unless another rank was first: the first failure is the cause, the rest follow from it."""

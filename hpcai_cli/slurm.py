@@ -146,6 +146,17 @@ def cancel(number: str) -> None:
             raise HpcaiError("Slurm does not cancel the job", received=done.stderr.strip() or done.returncode)
 
 
+def seconds_left(number: str) -> float | None:
+    """Return how long a job may still run; None where it has no limit, or Slurm does not say it."""
+    try:
+        left = _run(["squeue", "--noheader", "--jobs", number, "--format=%L"]).stdout.strip()
+    except HpcaiError:
+        return None
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", left)
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds if match else None
+
+
 def _run(words: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess:
     try:
         return subprocess.run(words, input=stdin, capture_output=True, text=True, errors="replace", timeout=_SECONDS)

@@ -11,44 +11,63 @@ import os
 import re
 import shutil
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
 from hpcai_cli.errors import DataError, HpcaiError, printable
 
-KEPT = 2
-"""Newest checkpoints that stay, besides the best."""
+_ASIDE = ".aside"
 
 
 @dataclass
-class State:
-    """What a training needs to go on as if it had never stopped.
+class Position:
+    """Where a training is.
 
     Attributes:
         step: steps of the optimizer so far.
         epoch: epochs that are complete.
         cursor: examples of the current epoch that are done, over all ranks.
-        sums: running sums of the current epoch's loss and accuracy.
+        sums: running sums of the current epoch's loss, measure and examples.
         history: one row per complete epoch.
-        best: epoch, step and validation loss of the best epoch so far; empty before the first.
+        best: epoch, step and the figure of the best epoch so far; empty before the first.
+        seconds: how long the current epoch has been trained.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])
+    history: list[dict] = field(default_factory=list)
+    best: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def copied(self) -> dict:
+        """Return the values, which don't change when the training goes on."""
+        return vars(self) | {"sums": list(self.sums), "history": list(self.history), "best": dict(self.best)}
+
+
+@dataclass
+class State(Position):
+    """What a training needs to go on as if it had never stopped.
+
+    Attributes:
         fingerprint: the dataset's.
         arrays: variables by number; model first, then optimizer.
     """
 
-    step: int
-    epoch: int
-    cursor: int
-    sums: list[float]
-    history: list[dict]
-    best: dict
-    fingerprint: str
-    arrays: dict[str, np.ndarray]
+    fingerprint: str = ""
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def position(self) -> Position:
+        """Where it stands, without the rest."""
+        return Position(**{each.name: getattr(self, each.name) for each in fields(Position)})
 
 
-def save(folder: Path, state: State) -> Path:
-    """Write a checkpoint and drop those that are neither among the newest nor the best.
+def save(folder: Path, state: State, *, keep: int = 2) -> Path:
+    """Write a checkpoint and drop those that are neither among the newest `keep` nor the best.
 
     Raises:
         HpcaiError: it could not be written; those before it are untouched.
@@ -59,6 +78,7 @@ def save(folder: Path, state: State) -> Path:
         for left in folder.glob(".step-*.part"):
             # A save that was killed; in a container the next one may have the same name.
             shutil.rmtree(left, ignore_errors=True)
+        _recover(folder)
         temporary.mkdir(parents=True)
         with (temporary / "arrays.npz").open("wb") as stream:
             np.savez(stream, **state.arrays)
@@ -68,18 +88,20 @@ def save(folder: Path, state: State) -> Path:
         (temporary / "manifest.json").write_text(json.dumps({"format": "hpcai.checkpoint/1", "sha256": hashes}))
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-        final = folder / name
+        final, aside = folder / name, folder / f".{name}{_ASIDE}"
         if final.exists():
-            shutil.rmtree(final)
+            # A folder cannot take the place of another one: in between, the old one has this name.
+            os.replace(final, aside)
         os.replace(temporary, final)
         _sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise HpcaiError(f"cannot write the checkpoint of step {state.step}: {error.strerror}; the ones before it are "
                          "unchanged", mend="free some space, then continue with --resume") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     best = f"step-{state.best['step']:08d}" if state.best else ""
-    for old in _folders(folder)[KEPT:]:
+    for old in _folders(folder)[keep:]:
         if old.name != best:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -91,6 +113,7 @@ def newest(folder: Path) -> tuple[State, list[str]]:
     Raises:
         DataError: there is none.
     """
+    _recover(folder)
     passed = []
     for path in _folders(folder):
         try:
@@ -131,6 +154,34 @@ def read(path: Path) -> State:
     except Exception as error:
         raise DataError(f"checkpoint {path.name} does not verify: {printable(str(error))}",
                         expected="a checkpoint of `hpcai train`") from None
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether there is any checkpoint, whether it verifies or not."""
+    _recover(folder)
+    return bool(_folders(folder))
+
+
+def copy(folder: Path, target: Path, state: State) -> None:
+    """Bring a checkpoint that was read, and that of the best epoch, to another run.
+
+    Raises:
+        HpcaiError: they could not be written.
+    """
+    for step in {state.step, state.best.get("step", state.step)}:
+        with contextlib.suppress(DataError):
+            save(target, state if step == state.step else at_step(folder, step), keep=2)
+
+
+def _recover(folder: Path) -> None:
+    """Put back what was set aside for one of the same step, where a kill came in between."""
+    with contextlib.suppress(OSError):
+        for aside in folder.glob(f".step-*{_ASIDE}"):
+            final = folder / aside.name[1:].removesuffix(_ASIDE)
+            if final.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.replace(aside, final)
 
 
 def _check_sizes(file: Path) -> None:

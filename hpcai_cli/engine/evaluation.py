@@ -1,6 +1,7 @@
 """Evaluation: every example exactly once over all ranks, so that 1, 2 or 4 processes give the same numbers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +16,24 @@ BATCH_SIZE = 250
 """Examples per forward pass; no result depends on it."""
 TOP = 5
 """How many answers top_5_accuracy allows; it is a figure only where there are more classes than that."""
+
+
+AGREED = 8
+"""Batches after which ranks ask each other whether one was asked to stop; each looks for itself before every one."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """How an evaluation learns that it is to end."""
+
+    is_agreed: Callable[[], bool]
+    """Whether any rank was asked; all ranks call it at the same points."""
+    is_asked: Callable[[], bool]
+    """Whether this rank was, and can leave out what the others would not wait for."""
+
+
+class AbandonedError(Exception):
+    """An evaluation was given up, on all ranks at the same point, since one of them was asked to stop."""
 
 
 def metric_names(recipe: Recipe) -> tuple[str, ...]:
@@ -41,23 +60,38 @@ def forward(model, recipe: Recipe) -> Callable:
 
 
 def scores_of(run_forward: Callable, split: Split, ranks: Serial | Horovod, *, columns: int,
-              on_batch: Callable[[int], None] = lambda done: None) -> np.ndarray:
+              on_batch: Callable[[int], None] = lambda done: None,
+              stop: Stop | None = None) -> np.ndarray:
     """Return the scores of a whole split, float32 (n, columns), in the file's order, on every rank.
 
     Each rank computes a contiguous share; the shares are gathered, so that whatever is summed afterwards is summed in
     the same order for any number of ranks.
+
+    Args:
+        on_batch: called after each batch with the examples that this rank has done.
+        stop: whether to give up.
+
+    Raises:
+        AbandonedError: it was given up.
     """
     first, last = shard(len(split), rank=ranks.rank, size=ranks.size)
     size = min(BATCH_SIZE, max(1, len(split)))
     inputs = np.empty((size, *split.inputs.shape[1:]), split.inputs.dtype)
     labels = np.empty(size, split.labels.dtype)
     parts = []
-    for start in range(first, last, size):
+    # All ranks look as often, also one whose share is a batch shorter.
+    for number, start in enumerate(range(first, first + -(-len(split) // ranks.size), size)):
+        if stop and number % AGREED == 0 and stop.is_agreed():
+            raise AbandonedError
         rows = np.arange(start, min(start + size, last))
+        if not len(rows) or stop and stop.is_asked():
+            continue
         # The last batch is filled up to the common shape, or TensorFlow would compile a second function for it.
         split.gather(np.resize(rows, size), inputs, labels)
         parts.append(run_forward(inputs)[:len(rows)])
         on_batch(start + len(rows) - first)
+    if stop and stop.is_agreed():
+        raise AbandonedError
     # A rank without a share still takes part in the gathering, with no rows.
     return ranks.gather(np.concatenate([np.zeros((0, columns), np.float32), *parts]))
 

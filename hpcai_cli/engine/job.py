@@ -1,5 +1,6 @@
 """A training from the request to the result: checks, run folder, ranks, hardware, the loop, what went wrong."""
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -13,16 +14,21 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hpcai_cli import console, launch
+from hpcai_cli import console, launch, run_lock
 from hpcai_cli.cache import cache_folder
-from hpcai_cli.engine import rank_groups
+from hpcai_cli.cadence import Cadence
+from hpcai_cli.engine import checkpoint, continuation, rank_groups
 from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
-from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, UsageError, is_aftermath
+from hpcai_cli.errors import EXIT_STOPPED, DataError, HpcaiError, UsageError, is_aftermath
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
+from hpcai_cli.time_limit import TimeLimit
+
+_ENDING_SECONDS = 10
+"""How long a rank waits for the end of the training that was in its run's folder before."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class Request:
     """A power meter's, in place of the hosts' own counters."""
     tensor_parallel: int = 1
     """Ranks that share a model."""
+    cadence: Cadence = Cadence()
+    max_time: float | None = None
+    """Seconds after which the training is to have saved itself."""
 
 
 def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
@@ -75,7 +84,12 @@ def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
         _check_profile(request.profile, recipe, dataset, size)
     if request.power_file:
         PowerFile(request.power_file)
-    return run or Run.create(request.recipe.name, request.output), file
+    if run and not request.output:
+        return run, file
+    made = Run.create(request.recipe.name, request.output)
+    if run:
+        _copy(run, made)
+    return made, file
 
 
 def run_here(request: Request, stop: StopRequest) -> dict:
@@ -86,16 +100,7 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     """
     # TensorFlow loads here and not at import, so that a process that only starts others does without it.
     with console.quiet():
-        from hpcai_cli.engine import (
-            autotune,
-            distributed,
-            energy,
-            hardware,
-            profiled_ranks,
-            profiling,
-            replicas,
-            training,
-        )
+        from hpcai_cli.engine import autotune, distributed, hardware, profiled_ranks
 
         autotune_log = autotune.begin()
         groups = rank_groups.groups(request.tensor_parallel)
@@ -109,10 +114,22 @@ def run_here(request: Request, stop: StopRequest) -> dict:
              "precision": policy, "precision_reason": reason, "tensor_parallel": request.tensor_parallel}
     if ranks.size > 1:
         facts["horovod"] = autotune.settings()
-    folder, file = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size))
+    with contextlib.ExitStack() as until_end:
+        return _train(request, stop, ranks, facts, autotune_log, until_end)
+
+
+def _train(request: Request, stop: StopRequest, ranks, facts: dict, autotune_log: Path | None,
+           until_end: contextlib.ExitStack) -> dict:
+    """Train in ranks that are set up; what is to be ended afterwards goes to `until_end`."""
+    from hpcai_cli.engine import distributed, energy, profiling, replicas, training
+
+    folder, file, resume = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size, until_end))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
+    limit, threads, policy = TimeLimit(request.max_time), facts["threads_per_rank"], facts["precision"]
+    if ranks.rank == 0:
+        until_end.enter_context(limit.watching(stop))
     console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
-                 f"{_plural(threads, 'thread', 'threads')}, {policy}: {reason}")
+                 f"{_plural(threads, 'thread', 'threads')}, {policy}: {facts['precision_reason']}")
     request = dataclasses.replace(request, recipe=fitted(request.recipe, dataset))
     try:
         augment, final_augment = (function and partial(function, recipe=request.recipe)
@@ -123,8 +140,9 @@ def run_here(request: Request, stop: StopRequest) -> dict:
                            profiler=request.profile and profiling.Profiler(
                                request.profile, run.profile, ranks, request.recipe, threads),
                            energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
-                           autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel))
-        result = training.train(job, resume=request.resume is not None)
+                           autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel),
+                           cadence=request.cadence, limit=limit)
+        result = training.train(job, resume=resume)
     except Exception as error:
         if is_aftermath(error):
             raise
@@ -139,14 +157,45 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     return result
 
 
-def _described(request: Request, facts: dict, size: int) -> list[str]:
-    """Prepare the run and describe it in its folder, before any other rank can have something to write there."""
+def _described(request: Request, facts: dict, size: int, until_end: contextlib.ExitStack) -> list:
+    """Prepare the run, which is locked until the end, and describe it in its folder, before any other rank can have
+    something to write there; return the folder, the data and whether there is something to go on from."""
     run, file = prepare(request, size=size)
+    # What started these ranks has looked already, and the ranks before them may be just ending.
+    patience = _ENDING_SECONDS if os.environ.get(launch.STARTED_VARIABLE) else 0
+    until_end.enter_context(run_lock.held(run.folder, patience=patience))
     run.failure_file.unlink(missing_ok=True)
-    if not request.resume:
-        dataset = Dataset(file)
-        _describe(run, dataclasses.replace(request, recipe=fitted(request.recipe, dataset)), dataset, facts)
-    return [str(run.folder), str(file)]
+    dataset = Dataset(file)
+    fresh = dataclasses.replace(request, recipe=fitted(request.recipe, dataset))
+    resume = request.resume is not None and checkpoint.exists(run.checkpoints)
+    if request.resume:
+        manifest, before = run.manifest(), run.recipe()
+        if not resume:
+            if manifest.get("data_fingerprint") != dataset.fingerprint:
+                raise DataError("the dataset file is not the one that the run began with", received=dataset.fingerprint,
+                                expected=f"fingerprint {str(manifest.get('data_fingerprint'))[:12]}")
+            console.note(f"{run.folder} has no checkpoint yet: it begins from the start")
+        else:
+            for sentence in continuation.what_follows(before, fresh.recipe, manifest, facts, _versions()):
+                console.note(sentence)
+    if not resume:
+        _describe(run, fresh, dataset, facts)
+    return [str(run.folder), str(file), resume]
+
+
+def _copy(run: Run, made: Run) -> None:
+    """Begin another run with what one has so far; it stays as it is.
+
+    Raises:
+        DataError: its checkpoints don't verify.
+    """
+    if checkpoint.exists(run.checkpoints):
+        state, passed = checkpoint.newest(run.checkpoints)
+        for reason in passed:
+            console.note(f"passed over: {reason}")
+        checkpoint.copy(run.checkpoints, made.checkpoints, state)
+    write_json(made.manifest_file, run.manifest() | {"resumed_from": str(run.folder.absolute())})
+    write_json(made.recipe_file, run.recipe().to_json())
 
 
 def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
@@ -224,6 +273,7 @@ def data_of(request: Request) -> Path:
 
 def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None:
     """Write recipe.json, the whole truth of what is trained, and manifest.json, of where and with what."""
+    came_from = run.manifest().get("resumed_from") if run.manifest_file.is_file() else None
     write_json(run.recipe_file, request.recipe.to_json())
     write_json(run.manifest_file, {
         "command": shlex.join(["hpcai", *sys.argv[1:]]), "recipe_reference": request.reference,
@@ -232,13 +282,17 @@ def _describe(run: Run, request: Request, dataset: Dataset, facts: dict) -> None
         "class_names": list(dataset.class_names), "data_details": _columns(dataset),
         "seed": request.recipe.seed, **facts,
         "host": socket.gethostname(), "python": platform.python_version(), "git_commit": _git_commit(),
-        "versions": {name: _version(name) for name in ("hpcai", "tensorflow", "keras", "horovod", "h5py", "numpy")}})
+        "versions": _versions(), **({"resumed_from": came_from} if came_from else {})})
 
 
 def _columns(dataset: Dataset) -> dict:
     """Return how the file's columns came about, so that `predict` can bring new rows to the same form."""
     return {name: dataset.details[name] for name in ("columns", "features", "header", "label", "names")
             if name in dataset.details}
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in ("hpcai", "tensorflow", "keras", "horovod", "h5py", "numpy")}
 
 
 def _version(package: str) -> str | None:

@@ -30,10 +30,15 @@ FEWEST_BEFORE = 3
 class _Times:
     """Seconds of some steps on one rank, as Python sees them; compute is with what it waits for the other ranks."""
 
-    steps: int
+    examples: list[int]
+    """Of each step; the loop leaves those that were trained."""
     input: float = 0.0
     compute: float = 0.0
     python: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.examples)
 
     @property
     def step_seconds(self) -> float:
@@ -64,7 +69,7 @@ class Profiler:
         self._active, self._first = False, 0
         self._before: deque[_Times] = deque(maxlen=KEPT)
         self._times: list[_Times] = []
-        self._block, self._mark, self._pending = _Times(steps=0), 0.0, None
+        self._block, self._mark, self._pending = _Times([]), 0.0, None
         self.result: dict | None = None
 
     @property
@@ -96,7 +101,7 @@ class Profiler:
             block = next(blocks, None)
             if block is None:
                 return
-            self._block = _Times(steps=len(block.examples))
+            self._block = _Times(block.examples)
             # Before it has run, since the loop doesn't come back after the one in which a signal arrives.
             (self._times if self._active else self._before).append(self._block)
             yield block
@@ -167,6 +172,7 @@ class Profiler:
         if self._timed:
             self._ranks.operations.stop_timeline()
         tf.profiler.experimental.stop(save=self._ranks.rank == 0)
+        self._times = [block for block in self._times if block.steps]
         if self._times:
             self._measure(cores, waited)
 

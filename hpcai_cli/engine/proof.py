@@ -179,7 +179,7 @@ def _trained(recipe: Recipe, model: keras.Model, split: Split, ranks: Serial | H
 
 def _losses(steps: Callable, block, count: int, recipe: Recipe) -> list[float]:
     sums = steps(tf.constant(block.inputs), tf.constant(block.labels), tf.constant(block.weights),
-                 tf.constant([recipe.seed % 2**31, 0], tf.int32), tf.constant(0.0), tf.constant(count))
+                 tf.constant([recipe.seed % 2**31, 0], tf.int32), tf.constant(count))
     return sums.numpy()[:count, 0].tolist()
 
 

@@ -17,23 +17,43 @@ from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
 
 
+class Wishes:
+    """What this rank wishes while compiled steps run; any thread may set it, and the next step has it.
+
+    Attributes:
+        stop: float32 (), 1 from when this rank was asked to stop.
+        save: float32 (), 1 while rank 0 finds that a checkpoint is due.
+        commit: float32 (), 1 while rank 0 of an elastic job finds that the state should be kept in memory.
+        halted: bool (), true when a step saw that a rank was asked to stop; no step is taken then.
+    """
+
+    def __init__(self):
+        with tf.device("CPU:0"):
+            self.stop = tf.Variable(0.0, trainable=False)
+            self.save = tf.Variable(0.0, trainable=False)
+            self.commit = tf.Variable(0.0, trainable=False)
+            self.halted = tf.Variable(False, trainable=False)
+
+
 def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
                   ranks: Serial | Horovod, *, block: Block, augment: Callable | None = None,
                   weight_of_class: np.ndarray | None = None, teacher: Teacher | None = None,
-                  pruning: MagnitudePruning | KeptZeros | None = None) -> Callable:
-    """Return the compiled steps (inputs, labels, weights, seed, stop, count) -> sums, for blocks like `block`.
+                  pruning: MagnitudePruning | KeptZeros | None = None, wishes: Wishes | None = None) -> Callable:
+    """Return the compiled steps (inputs, labels, weights, seed, count) -> sums, for blocks like `block`.
 
-    inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken; seed, int32 (2,),
-    is the augmentation's for the first of them; stop, float32 (), is 1 when this rank was asked to stop. `sums` is
-    float32 (g, 3), a row for each step: the mean loss over the step's examples of all ranks, the sum of the task's
-    measure over them (how many were classified rightly), and how many ranks were asked to stop.
+    inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken, or fewer when a
+    rank was asked to stop: none after the one in which all see it. seed, int32 (2,), is the augmentation's for the
+    first of them. `sums` is float32 (g, 5), a row for each step: the mean loss over the step's examples of all ranks,
+    the sum of the task's measure over them (how many were classified rightly), how many ranks were asked to stop, how
+    many wish a checkpoint, and how many a commit.
 
     Args:
         weight_of_class: float32 (num_classes,), the weight of each class's examples in the loss.
         teacher: whose scores the model learns beside the labels.
         pruning: sets weights to zero after each update.
+        wishes: this rank's; nobody's by default.
     """
-    task = task_of(recipe)
+    task, wishes = task_of(recipe), wishes or Wishes()
     trainable = model.trainable_variables
     statistics = moving_statistics(model)
 
@@ -78,13 +98,14 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
                                            parallel_iterations=1)
         return gradients, sums
 
-    def step(inputs, labels, weights, seed, stop):
+    def step(inputs, labels, weights, seed):
         if augment is not None:
             inputs = augment(inputs, seed)
         gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(
             inputs, labels, weights, seed)
         size = ranks.size_in_step()
-        sums = tf.concat([sums[:1] / tf.cast(size, tf.float32), sums[1:], [stop]], axis=0)
+        sums = tf.concat([sums[:1] / tf.cast(size, tf.float32), sums[1:], [wishes.stop, wishes.save, wishes.commit]],
+                         axis=0)
         if tf.is_tensor(size) or size * ranks.parts > 1:
             # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
             # rank. Batch norm's moving statistics are averaged too, or the ranks would hold different models.
@@ -100,23 +121,28 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
         return sums
 
     @tf.function
-    def steps(inputs, labels, weights, seed, stop, count):
-        def one(number, rows):
+    def steps(inputs, labels, weights, seed, count):
+        def one(number, halted, rows):
             # Step and rank have a seed of their own, which resuming finds again.
-            sums = step(inputs[number], labels[number], weights[number], seed + [0, number * ranks.size_in_step()],
-                        stop)
-            return number + 1, rows.write(number, tf.ensure_shape(sums, (3,)))
+            sums = tf.ensure_shape(step(inputs[number], labels[number], weights[number],
+                                        seed + [0, number * ranks.size_in_step()]), (5,))
+            return number + 1, sums[2] > 0, rows.write(number, sums)
 
-        rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(3,))
+        rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(5,))
         # The same loop for one step and for many: whether steps come alone or together changes no bit of the result.
-        _, rows = tf.while_loop(lambda number, _: number < count, one, (0, rows), parallel_iterations=1)
+        _, halted, rows = tf.while_loop(lambda number, halted, _: (number < count) & ~halted, one,
+                                        (0, wishes.halted.read_value(), rows), parallel_iterations=1)
+        wishes.halted.assign(halted)
         return rows.stack()
 
     try:
         # One concrete function: looking up the right one at each call takes as long as a small network's step.
-        return steps.get_concrete_function(
+        compiled = steps.get_concrete_function(
             *(tf.TensorSpec(array.shape, array.dtype) for array in (block.inputs, block.labels, block.weights)),
-            tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32))
+            tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.int32))
+        # The graph alone does not keep its variables.
+        compiled.wishes = wishes
+        return compiled
     except Exception as error:
         raise UsageError(f"recipe {recipe.name}: augment and model cannot be compiled to a step",
                          expected="an augmented batch that the model takes", received=_cause(error)) from error

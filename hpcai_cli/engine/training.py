@@ -3,21 +3,19 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import NoReturn
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from hpcai_cli import console
 from hpcai_cli.engine import autotune, batch_norm, checkpoint, evaluation, history
-from hpcai_cli.engine.compression.distillation import Teacher
-from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
-from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
-from hpcai_cli.engine.energy import JobMeter
+from hpcai_cli.engine.checkpoint import Position
+from hpcai_cli.engine.distributed import Serial, on_rank_zero
+from hpcai_cli.engine.feeding import Pause, run_blocks
+from hpcai_cli.engine.keeping import Keeper
 from hpcai_cli.engine.model import (
     adapt,
     build,
@@ -25,99 +23,15 @@ from hpcai_cli.engine.model import (
     settle_statistics,
     spread_random_state,
 )
-from hpcai_cli.engine.pipeline import Block, Pipeline
-from hpcai_cli.engine.profiling import Profiler
-from hpcai_cli.engine.replicas import Replicas
+from hpcai_cli.engine.pipeline import Pipeline
 from hpcai_cli.engine.step import build_optimizer, compile_steps
-from hpcai_cli.engine.store import Dataset, Split
+from hpcai_cli.engine.store import Split
 from hpcai_cli.engine.task import class_weights, task_of
 from hpcai_cli.engine.timed_ranks import LagWatch
-from hpcai_cli.errors import DataError, DivergedError, StoppedEarly
+from hpcai_cli.engine.training_job import Job
+from hpcai_cli.errors import DataError, DivergedError, HpcaiError, StoppedEarly
 from hpcai_cli.recipe import Recipe
-from hpcai_cli.run import Run, write_bytes, write_json
-from hpcai_cli.signals import StopRequest
-
-
-@dataclass
-class Job:
-    """What a training works with."""
-
-    recipe: Recipe
-    run: Run
-    dataset: Dataset
-    ranks: Serial | Horovod
-    build_model: Callable[[Recipe], keras.Model]
-    augment: Callable | None = None
-    adapt: Callable | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
-    tensorboard: bool = False
-    final_augment: Callable | None = None
-    """Takes the place of `augment` in the last epochs, by the recipe's final_share."""
-    describe: Callable[[], None] = lambda: None
-    """Writes recipe.json and manifest.json of a resumed run, once it is known that the checkpoint fits."""
-    teacher: Teacher | None = None
-    """Whose scores the model learns beside the labels."""
-    prune: Callable[[keras.Model, int], MagnitudePruning | KeptZeros] | None = None
-    """Returns what sets weights of the model to zero, in a training of so many steps."""
-    first_choice: int = 1
-    """The first epoch that may be chosen as the best: weights that go to zero little by little are all gone then."""
-    finished: Callable[[keras.Model], keras.Model] = lambda model: model
-    """Returns what is saved of a model that was trained."""
-    profiler: Profiler | None = None
-    """Looks into some of the steps."""
-    energy: JobMeter | None = None
-    """Measures the joules from here to the result."""
-    autotune_log: Path | None = None
-    """Where Horovod writes what it tries, on rank 0."""
-    replicas: Replicas | None = None
-    """The copies of the model among the ranks; one on each by default."""
-
-    def __post_init__(self):
-        self.replicas = self.replicas or Replicas(self.ranks)
-
-
-@dataclass
-class Position:
-    """Where the training is; what a checkpoint holds beside the arrays."""
-
-    step: int = 0
-    epoch: int = 0
-    cursor: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])
-    history: list[dict] = field(default_factory=list)
-    best: dict = field(default_factory=dict)
-
-
-class _Meter:
-    """Sums the epoch's loss and measure, one block behind, so that an accelerator never waits for Python."""
-
-    def __init__(self, at: Position):
-        self._at, self._pending = at, None
-        self.stop_asked = False
-
-    def add(self, sums: tf.Tensor, first_step: int, examples: list[int]) -> None:
-        """Take the next block's sums and account for the one before it."""
-        self.flush()
-        self._pending = (sums, first_step, examples)
-
-    def flush(self) -> None:
-        """Account for the block that is pending.
-
-        Raises:
-            DivergedError: a loss is no number. The loss is the mean over all ranks, so all ranks see it alike.
-        """
-        if self._pending is None:
-            return
-        sums, first_step, examples = self._pending
-        self._pending = None
-        for number, (count, (loss, measure, stops)) in enumerate(zip(examples, sums.numpy().tolist(), strict=False)):
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss} at step {first_step + number}", expected="a finite number",
-                                    mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
-            self._at.sums[0] += loss * count
-            self._at.sums[1] += measure
-            self._at.sums[2] += count
-            self.stop_asked = self.stop_asked or stops > 0
+from hpcai_cli.run import write_bytes, write_json
 
 
 def train(job: Job, *, resume: bool) -> dict:
@@ -147,7 +61,7 @@ def train(job: Job, *, resume: bool) -> dict:
     optimizer.build(model.trainable_variables)
     replicas.attach(model, optimizer)
     # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
-    at = Position(**on_rank_zero(ranks, lambda: _resumed(job, model, optimizer) if resume else {}))
+    at = Position(**on_rank_zero(ranks, lambda: vars(_resumed(job, model, optimizer)) if resume else {}))
     # Counted from the epoch's end, since its rest may take another number of steps than this job's size would have.
     place = (at.epoch + 1) * pipeline.steps_per_epoch - -(-(len(split) - at.cursor) // pipeline.global_batch_size)
     if place != at.step:
@@ -164,7 +78,8 @@ def train(job: Job, *, resume: bool) -> dict:
     watch = LagWatch(ranks if replicas.parts == 1 else Serial(), job.profiler.step_ranks if job.profiler else replicas)
     compiled = partial(compile_steps, model, optimizer, recipe, watch.step_ranks, block=next(pipeline.blocks(0)),
                        weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
-                       pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs))
+                       pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs),
+                       wishes=job.wishes)
     steps = compiled(augment=job.augment)
     final_epoch = recipe.epochs - round(recipe.final_share * recipe.epochs)
     final_steps = compiled(augment=job.final_augment) if recipe.final_share and job.final_augment else steps
@@ -172,11 +87,14 @@ def train(job: Job, *, resume: bool) -> dict:
     board = history.Board(run.tensorboard if job.tensorboard and ranks.rank == 0 else None)
     _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
            world_size=ranks.size)
+    keeper = Keeper(run, job.cadence, ranks, replicas, job.wishes, job.limit, at=at, model=model, optimizer=optimizer,
+                    fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume)
+    job.stop.tell(lambda: job.wishes.stop.assign(1.0))
 
     # ---- Train.
     total, first, done = len(split) * recipe.epochs, at.step + 1, at.epoch * len(split) + at.cursor
     with console.progress("training", total=total, unit=history.unit(recipe), done=done) as shown:
-        def after_block() -> None:
+        def after_block() -> bool:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
                 replicas.prove(weights, when="after the first step")
@@ -184,69 +102,58 @@ def train(job: Job, *, resume: bool) -> dict:
                 # It warms up, which nobody else waits for again.
                 watch.restart(at.step)
             shown.update(at.epoch * len(split) + at.cursor, lambda: history.status(recipe, at.epoch, at.sums))
+            return keeper.is_due()
 
+        def stop_here() -> NoReturn:
+            _stop(job, at, keeper, samples=at.epoch * len(split) + at.cursor - done)
+
+        if _anyone_stopped(job):
+            stop_here()
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
-            epoch_started, cursor_started = time.monotonic(), at.cursor
             blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step + 1 == first)
             chosen = final_steps if at.epoch >= final_epoch else steps
             if job.profiler:
                 chosen, blocks = job.profiler.watched(chosen, blocks, at, pipeline.steps_per_block)
             watch.restart(at.step)
-            stop_asked = run_blocks(job, at, chosen, blocks, after_block)
+            pause = Pause.SAVE
+            while pause is Pause.SAVE:
+                started_again = time.monotonic()
+                pause = run_blocks(job, at, chosen, blocks, after_block)
+                at.seconds += time.monotonic() - started_again
+                if pause is not Pause.END:
+                    _prove_finite(job, model, at)
+                    keeper.save()
             own_ms = watch.own_ms(at.step)
+            if pause is Pause.STOP:
+                stop_here()
             _prove_finite(job, model, at)
-            if stop_asked and at.cursor < len(split):
-                _save(job, at, model, optimizer, weights)
-                _raise_stopped(job, at, samples=at.epoch * len(split) + at.cursor - done)
-            row = _finish_epoch(job, at, optimizer, validate,
-                                seconds=time.monotonic() - epoch_started, examples=at.cursor - cursor_started)
+            try:
+                row = _finish_epoch(job, at, optimizer, validate)
+            except evaluation.AbandonedError:
+                stop_here()
             if own_ms:
                 _event(job, "ranks", epoch=row["epoch"], own_step_ms=own_ms)
             board.write(row, at.step)
-            _save(job, at, model, optimizer, weights)
+            keeper.after_epoch(is_last=at.epoch == recipe.epochs or _out_of_patience(recipe, at))
             shown.line(history.sentence(recipe, row))
-            if (stop_asked or _anyone_stopped(job)) and at.epoch < recipe.epochs:
-                _raise_stopped(job, at, samples=at.epoch * len(split) - done)
+            if _anyone_stopped(job):
+                stop_here()
 
     # ---- Choose the best epoch, judge it on the test split, write the result.
     board.close()
+    keeper.finish()
     if job.profiler:
         job.profiler.close()
     if at.best and at.best["step"] != at.step:
-        best = at.best["step"]
-        on_rank_zero(ranks, lambda: replicas.restore(checkpoint.at_step(run.checkpoints, best).arrays, model))
-        replicas.broadcast(model)
+        keeper.restore_best()
         settle_statistics(model)
-    return _finish(job, at, model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
+    try:
+        return _finish(job, at, model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
+    except evaluation.AbandonedError:
+        _stop(job, at, keeper, samples=at.epoch * len(split) - done)
 
 
-def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterable[Block], after_block: Callable) -> bool:
-    """Feed the blocks to the compiled steps, and return whether any rank was asked to stop.
-
-    Raises:
-        DivergedError: the loss is no number.
-    """
-    meter, whole = _Meter(at), (None, None)
-    for block in blocks:
-        if block.weights is not whole[0]:
-            # The pipeline gives the same array for all whole blocks.
-            whole = block.weights, tf.constant(block.weights)
-        # The seed depends on the run's seed, the step and the rank, and on nothing else.
-        seed = tf.constant([job.recipe.seed % 2**31, at.step * job.replicas.size + job.replicas.rank], tf.int32)
-        # tf.constant copies, so that the pipeline may fill its buffers again while an accelerator still computes.
-        sums = steps(tf.constant(block.inputs), tf.constant(block.labels), whole[1], seed,
-                     tf.constant(float(bool(job.stop.received))), tf.constant(len(block.examples)))
-        meter.add(sums, at.step + 1, block.examples)
-        at.step += len(block.examples)
-        at.cursor += sum(block.examples)
-        after_block()
-        if meter.stop_asked:
-            break
-    meter.flush()
-    return meter.stop_asked
-
-
-def _resumed(job: Job, model, optimizer) -> dict:
+def _resumed(job: Job, model, optimizer) -> Position:
     """Restore the newest checkpoint that verifies, on rank 0, and return where it stands."""
     state, passed = checkpoint.newest(job.run.checkpoints)
     for reason in passed:
@@ -258,7 +165,13 @@ def _resumed(job: Job, model, optimizer) -> dict:
     # Only now: a resume that is refused leaves the run's own description as it was.
     job.describe()
     console.note(f"resuming at step {state.step}, epoch {state.epoch + 1} of {job.recipe.epochs}")
-    return {key: value for key, value in vars(state).items() if key not in ("arrays", "fingerprint")}
+    if state.best and state.best["step"] != state.step:
+        try:
+            checkpoint.at_step(job.run.checkpoints, state.best["step"])
+        except DataError as error:
+            console.note(f"the best epoch so far, {state.best['epoch']}, cannot be chosen any more: {error}")
+            state.best = {}
+    return state.position
 
 
 def _validator(job: Job, model) -> Callable[[], dict]:
@@ -269,7 +182,10 @@ def _validator(job: Job, model) -> Callable[[], dict]:
 
 
 def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
-    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns)
+    # Ranks that share a model compute together, and none can leave out its part.
+    stop = evaluation.Stop(is_agreed=lambda: _anyone_stopped(job),
+                           is_asked=lambda: job.replicas.parts == 1 and bool(job.stop.received))
+    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns, stop=stop)
 
 
 def _prove_finite(job: Job, model: keras.Model, at: Position) -> None:
@@ -290,8 +206,12 @@ def _diverged(happened: str, received: object) -> DivergedError:
                          mend="lower the steps with `--set learning_rate=...` or set clip_norm")
 
 
-def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float, examples: int) -> dict:
-    """Close the epoch's accounts: history, the best epoch so far, the position of the next."""
+def _finish_epoch(job: Job, at: Position, optimizer, validate) -> dict:
+    """Close the epoch's accounts: history, the best epoch so far, the position of the next.
+
+    Raises:
+        AbandonedError: a rank was asked to stop during the validation; nothing has changed.
+    """
     count = len(job.dataset.split("train"))
     measure, best_by = task_of(job.recipe).measure, f"validation_{job.recipe.best_by}"
     row = {"epoch": at.epoch + 1, "loss": at.sums[0] / count, measure: at.sums[1] / count}
@@ -307,10 +227,10 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float
             not at.best or sign * row[best_by] > sign * at.history[at.best["epoch"] - 1][best_by])
         if job.ranks.broadcast_json(better):
             at.best = {"epoch": row["epoch"], "step": at.step, best_by: row[best_by]}
-    row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(seconds, 3),
-            "images_per_second": round(examples / seconds, 1)}
+    row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(at.seconds, 3),
+            "images_per_second": round(count / at.seconds, 1)}
     at.history.append(row)
-    at.epoch, at.cursor, at.sums = at.epoch + 1, 0, [0.0, 0.0, 0]
+    at.epoch, at.cursor, at.sums, at.seconds = at.epoch + 1, 0, [0.0, 0.0, 0], 0.0
     _event(job, "epoch", **row)
     return row
 
@@ -318,20 +238,6 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate, *, seconds: float
 def _out_of_patience(recipe: Recipe, at: Position) -> bool:
     patience = recipe.early_stopping_patience
     return bool(patience and at.best and at.epoch - at.best["epoch"] >= patience)
-
-
-def _save(job: Job, at: Position, model, optimizer, weights) -> None:
-    """Prove that the ranks are in step, then let rank 0 write the checkpoint."""
-    job.replicas.prove(weights, when=f"at the checkpoint of step {at.step}")
-    values = job.replicas.arrays(model, optimizer)
-
-    def write() -> None:
-        checkpoint.save(job.run.checkpoints, checkpoint.State(
-            **vars(at), fingerprint=job.dataset.fingerprint, arrays=values))
-        history.write_history(job.run, at.history)
-        _event(job, "checkpoint", step=at.step)
-
-    on_rank_zero(job.ranks, write)
 
 
 def _anyone_stopped(job: Job) -> bool:
@@ -352,10 +258,23 @@ def _measured(job: Job, samples: int) -> dict:
     return found
 
 
-def _raise_stopped(job: Job, at: Position, *, samples: int) -> None:
-    signals = job.stop.received or "a signal on another rank"
-    _event(job, "stopped", step=at.step, signal=signals, **_measured(job, samples))
-    raise StoppedEarly(f"stopped by {signals} after step {at.step}; the checkpoint is written",
+def _stop(job: Job, at: Position, keeper: Keeper, *, samples: int) -> NoReturn:
+    """Save the training and end it.
+
+    Raises:
+        StoppedEarly: always, where there is something to go on from.
+        HpcaiError: there is not.
+    """
+    keeper.save()
+    reason = keeper.finish()
+    if reason and not keeper.is_resumable:
+        error = HpcaiError(reason)
+        error.collective = True
+        raise error
+    asked = job.stop.received or "a signal on another rank"
+    _event(job, "stopped", step=at.step, signal=asked, **_measured(job, samples))
+    saved = f"{reason}; an older one is there" if reason else "the checkpoint is written"
+    raise StoppedEarly(f"stopped by {asked} after step {at.step}; {saved}",
                        mend=f"continue with `hpcai train --resume {job.run.folder}`")
 
 

@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, limit):
         from hpcai_cli.engine import checkpoint
         from hpcai_cli.errors import HpcaiError
         arrays = {f"model-{number}": np.zeros(300_000, np.float32) for number in range(3)}
-        state = checkpoint.State(30, 1, 0, [0.0, 0.0], [], {}, "abc", arrays)
+        state = checkpoint.State(30, 1, fingerprint="abc", arrays=arrays)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
         try:
             checkpoint.save(Path(sys.argv[1]), state)

@@ -14,9 +14,17 @@ from hpcai_cli.engine.compression.pruning import MagnitudePruning
 from hpcai_cli.engine.step import build_optimizer
 from hpcai_cli.errors import EXIT_STOPPED, DataError, StoppedEarly
 
+STEPS = 13
+"""In an epoch of the tiny training."""
 TIMES = ("seconds", "images_per_second")
-LOOKS = 8
-"""Blocks in an epoch of the tiny training: at each of them the wish to stop is looked at, and once when it ends."""
+START = 1
+"""Looks at the wish to stop before the first step."""
+BLOCKS = 8
+"""Looks in the first epoch, one before each block; a wish that is found there ends the first step of the block."""
+VALIDATION = 3
+"""Looks in the validation, which is one batch: before it with the other ranks, before it alone, and behind it."""
+FIRST_EPOCH = START + BLOCKS + VALIDATION + 1
+"""All looks up to the second epoch; the last one is when the epoch has ended."""
 
 
 class StopAfter:
@@ -29,6 +37,9 @@ class StopAfter:
     def received(self) -> str:
         self.looks -= 1
         return "SIGTERM" if self.looks < 0 else ""
+
+    def tell(self, function) -> None:
+        """Nobody is told: this wish is looked for."""
 
 
 def history(tiny, run: str) -> list[dict]:
@@ -79,7 +90,7 @@ def moved(images, seed):
 ], ids=["plain", "dropout", "everything random", "accumulation", "mixup and augmentation", "mixup and accumulation"])
 def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settings):
     steps = 7 if "accumulation_steps" in settings else tiny.steps
-    error = stopped_at(tiny, 12, **settings)
+    error = stopped_at(tiny, FIRST_EPOCH + 3, **settings)
     state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
     assert state.epoch == 1
     assert steps < state.step < 2 * steps
@@ -97,7 +108,7 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(tiny, monkeypatch, settin
         "started", "first_step", "epoch", "checkpoint", "checkpoint", "stopped", "resumed", "first_step"]
 
 
-@pytest.mark.parametrize("looks", [2 * LOOKS - 3, 2 * LOOKS + 6], ids=["before", "in"])
+@pytest.mark.parametrize("looks", [FIRST_EPOCH + 4, 2 * FIRST_EPOCH + 3], ids=["before", "in"])
 def test_stopped_around_the_final_epochs_or_while_weights_go(tiny, looks):
     """Two augmentations and a pruning that is half done: the step's number alone says what comes next."""
     def job(run: str, **more) -> training.Job:
@@ -118,11 +129,11 @@ def test_stopped_around_the_final_epochs_or_while_weights_go(tiny, looks):
 
 def test_stopped_again_and_again(tiny):
     training.train(tiny.job("whole", dropout=0.3), resume=False)
-    stopped_at(tiny, 2, dropout=0.3)
+    stopped_at(tiny, 3, dropout=0.3)
     stops = 1
     while stops < 50:
         try:
-            training.train(tiny.job("stopped", stop=StopAfter(3), dropout=0.3), resume=True)
+            training.train(tiny.job("stopped", stop=StopAfter(6), dropout=0.3), resume=True)
             break
         except StoppedEarly:
             stops += 1
@@ -130,28 +141,35 @@ def test_stopped_again_and_again(tiny):
     assert_same(tiny, "stopped")
 
 
-@pytest.mark.parametrize("looks", [LOOKS - 1, LOOKS], ids=["in the last step", "in the validation"])
-def test_stopped_while_an_epoch_ends(tiny, looks):
+@pytest.mark.parametrize(("looks", "place"), [
+    (0, (0, 0, 0)), (START, (1, 0, 16)), (START + BLOCKS - 1, (STEPS, 0, 200)), (START + BLOCKS, (STEPS, 0, 200)),
+    (START + BLOCKS + 2, (STEPS, 0, 200)), (START + BLOCKS + VALIDATION, (STEPS, 1, 0))],
+    ids=["before the first step", "in it", "in the last one", "in the validation", "at its end", "after the epoch"])
+def test_stopped_in_every_phase(tiny, looks, place):
     training.train(tiny.job("whole", epochs=2), resume=False)
     stopped_at(tiny, looks, epochs=2)
     state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
-    assert (state.epoch, state.cursor, state.sums) == (1, 0, [0.0, 0.0, 0])
+    assert (state.step, state.epoch, state.cursor) == place
     training.train(tiny.job("stopped", epochs=2), resume=True)
     assert_same(tiny, "stopped")
 
 
-@pytest.mark.parametrize("looks", [LOOKS - 1, LOOKS])
-def test_a_wish_to_stop_in_the_last_step_lets_the_training_finish(tiny, looks):
-    result = training.train(tiny.job("late", epochs=1, stop=StopAfter(looks)), resume=False)
-    assert result["epochs"] == 1
-    assert (tiny.folder / "late" / "model.keras").exists()
+@pytest.mark.parametrize("looks", [FIRST_EPOCH - 1, FIRST_EPOCH, FIRST_EPOCH + 2],
+                         ids=["after the last epoch", "before the test", "behind it"])
+def test_stopped_when_only_the_result_is_missing(tiny, looks):
+    training.train(tiny.job("whole", epochs=1), resume=False)
+    stopped_at(tiny, looks, epochs=1)
+    assert not (tiny.folder / "stopped" / "result.json").exists()
+    result = training.train(tiny.job("stopped", epochs=1), resume=True)
+    assert (result["steps"], result["epochs"]) == (STEPS, 1)
+    assert_same(tiny, "stopped")
 
 
 def test_early_stopping_goes_on_where_it_was(tiny):
     data = tiny.data("wrong.h5", wrong_validation=True)
     settings = {"data": data, "epochs": 9, "early_stopping_patience": 2}
     whole = training.train(tiny.job("whole", **settings), resume=False)
-    stopped_at(tiny, 12, **settings)
+    stopped_at(tiny, FIRST_EPOCH + 3, **settings)
     resumed = training.train(tiny.job("stopped", **settings), resume=True)
     assert (resumed["best_epoch"], resumed["epochs"]) == (whole["best_epoch"], whole["epochs"]) == (1, 3)
     assert_same(tiny, "stopped")
@@ -159,7 +177,7 @@ def test_early_stopping_goes_on_where_it_was(tiny):
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tiny, capsys):
     training.train(tiny.job("whole"), resume=False)
-    stopped_at(tiny, 12)
+    stopped_at(tiny, FIRST_EPOCH + 3)
     newest = max((tiny.folder / "stopped" / "checkpoints").iterdir())
     (newest / "arrays.npz").write_bytes(b"")
     training.train(tiny.job("stopped"), resume=True)
@@ -187,7 +205,7 @@ def test_more_epochs_than_at_first_go_on(tiny):
 
 
 def test_other_data_and_another_model_are_refused(tiny):
-    stopped_at(tiny, 12)
+    stopped_at(tiny, FIRST_EPOCH + 3)
     before = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")[0].step
     other = tiny.data("other.h5", wrong_validation=True)
     with pytest.raises(DataError, match="the dataset file is not the one that the run began with"):
@@ -217,7 +235,8 @@ def scheduled(tiny, **settings) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("looks", "batch_size"), [(2, 7), (2, 100), (5, 33), (12, 100), (LOOKS, 200), (18, 10)])
+@pytest.mark.parametrize(("looks", "batch_size"), [
+    (3, 7), (3, 100), (6, 33), (FIRST_EPOCH + 3, 100), (FIRST_EPOCH - 1, 200), (2 * FIRST_EPOCH + 1, 10)])
 def test_another_batch_size_keeps_the_schedule_and_sees_each_example_once(tiny, looks, batch_size):
     settings = {"warmup_epochs": 0.5, "epochs": 3}
     stopped_at(tiny, looks, **settings)
@@ -253,7 +272,7 @@ def test_each_example_once_also_in_the_epoch_of_the_change(tiny):
 
     # 200 examples, in batches that divide them, so that no padding is seen.
     settings = {"build_model": build_model, "epochs": 2, "batch_size": 20}
-    stopped_at(tiny, 3, **settings)
+    stopped_at(tiny, 4, **settings)
     state, _ = checkpoint.newest(tiny.folder / "stopped" / "checkpoints")
     assert 0 < state.cursor < 200
     training.train(tiny.job("stopped", **settings | {"batch_size": 10}), resume=True)
@@ -264,7 +283,7 @@ def test_each_example_once_also_in_the_epoch_of_the_change(tiny):
 
 
 def test_another_figure_to_choose_by(tiny):
-    stopped_at(tiny, 12)
+    stopped_at(tiny, FIRST_EPOCH + 3)
     result = training.train(tiny.job("stopped", best_by="accuracy"), resume=True)
     best = max(history(tiny, "stopped"), key=lambda row: float(row["validation_accuracy"]))
     assert result["metrics"]["validation_accuracy"] == float(best["validation_accuracy"])

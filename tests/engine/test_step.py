@@ -11,7 +11,7 @@ from keras import layers
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Block
-from hpcai_cli.engine.step import build_optimizer, compile_steps, mixed
+from hpcai_cli.engine.step import Wishes, build_optimizer, compile_steps, mixed
 from hpcai_cli.engine.task import class_weights
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
@@ -44,20 +44,20 @@ def examples(count: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(recipe: Recipe, batches: list, *, build_model=linear, optimizer=None, augment=None, together: int = 1,
-        stop: float = 0.0, weight_of_class=None):
+        wishes: Wishes | None = None, weight_of_class=None):
     """Train on the batches (inputs, labels, weights), some per call; return model, optimizer and each step's sums."""
     model = build(recipe, build_model)
     optimizer = optimizer or build_optimizer(recipe, steps_per_epoch=10, size=1)
     optimizer.build(model.trainable_variables)
     buffers = [np.stack([array] * together) for array in batches[0]]
     steps = compile_steps(model, optimizer, recipe, Serial(), block=Block(*buffers, [4]), augment=augment,
-                          weight_of_class=weight_of_class)
+                          weight_of_class=weight_of_class, wishes=wishes)
     sums = []
     for first in range(0, len(batches), together):
         some = batches[first:first + together]
         for buffer, arrays in zip(buffers, zip(*some, strict=True), strict=True):
             buffer[:len(some)] = arrays
-        found = steps(*map(tf.constant, buffers), tf.constant([7, first]), tf.constant(stop), tf.constant(len(some)))
+        found = steps(*map(tf.constant, buffers), tf.constant([7, first]), tf.constant(len(some)))
         sums += list(found.numpy()[:len(some)])
     return model, optimizer, sums
 
@@ -143,10 +143,23 @@ def test_augmentation_sees_the_step_s_seed():
     assert sums[0][0] == pytest.approx(math.log(3), rel=1e-5)
 
 
-@pytest.mark.parametrize("stop", [0.0, 1.0])
-def test_the_wish_to_stop_comes_back_with_the_sums(stop):
-    _, _, sums = run(RECIPE, [even(*examples(4))] * 3, stop=stop, together=3)
-    assert [row[2] for row in sums] == [stop] * 3
+def test_no_step_follows_the_one_in_which_the_wish_to_stop_is_seen():
+    wishes = Wishes()
+    _, _, sums = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
+    assert [row[2:].tolist() for row in sums] == [[0, 0]] * 3
+    wishes.stop.assign(1.0)
+    _, optimizer, sums = run(RECIPE, [even(*examples(4))] * 6, wishes=wishes, together=3)
+    assert [row[2] for row in sums] == [1, 0, 0, 0, 0, 0]
+    assert not any(row.any() for row in sums[1:])
+    assert int(optimizer.iterations) == 1
+
+
+def test_the_wish_for_a_checkpoint_ends_nothing():
+    wishes = Wishes()
+    wishes.save.assign(1.0)
+    _, optimizer, sums = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
+    assert [row[2:].tolist() for row in sums] == [[0, 1]] * 3
+    assert int(optimizer.iterations) == 3
 
 
 @pytest.mark.parametrize("together", [2, 3, 7])

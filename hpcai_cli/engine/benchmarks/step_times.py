@@ -30,7 +30,7 @@ class Trainer:
         self.optimizer.build(self.model.trainable_variables)
         self.steps = compile_steps(self.model, self.optimizer, recipe, ranks or Serial(), block=block)
         self._constant = [tf.constant(array) for array in (block.inputs, block.labels, block.weights)]
-        self._constant += [tf.constant([0, 0], tf.int32), tf.constant(0.0), tf.constant(len(block.examples))]
+        self._constant += [tf.constant([0, 0], tf.int32), tf.constant(len(block.examples))]
         self._count = len(block.examples)
 
     def constant_seconds(self, blocks: int) -> float:

@@ -14,12 +14,14 @@ from hpcai_cli.engine import hardware
 from hpcai_cli.engine.benchmarks import step_times
 from hpcai_cli.engine.benchmarks.measure import Figure, Table, Work, interleaved, median, ratio
 from hpcai_cli.engine.benchmarks.surroundings import peak_memory_mb
+from hpcai_cli.engine.checkpoint import Position
 from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.feeding import run_blocks
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Block, Pipeline
 from hpcai_cli.engine.step import build_optimizer
 from hpcai_cli.engine.store import Dataset
-from hpcai_cli.engine.training import Job, Position, run_blocks
+from hpcai_cli.engine.training_job import Job
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run
 

@@ -135,7 +135,7 @@ def _trained(recipe: Recipe, ranks: Serial | Horovod, rows: np.ndarray,
     block = Block(rows[None], labels[None], np.full((1, len(rows)), 1 / len(rows), np.float32), [len(rows)])
     steps = compile_steps(network, optimizer, recipe, ranks, block=block)
     sums = steps(tf.constant(block.inputs), tf.constant(block.labels), tf.constant(block.weights),
-                 tf.constant([0, ranks.rank], tf.int32), tf.constant(0.0), tf.constant(1))
+                 tf.constant([0, ranks.rank], tf.int32), tf.constant(1))
     return network.variables, float(sums[0, 0])
 
 

@@ -41,7 +41,7 @@ def train(model: keras.Model, images, labels, *, epochs: int, learning_rate: flo
     weights = np.full((26, 50), 1 / 50, np.float32)
     steps = compile_steps(model, optimizer, recipe, Serial(), block=Block(images, labels, weights, [50] * 26))
     for _ in range(epochs):
-        steps(tf.constant(images), tf.constant(labels), tf.constant(weights), tf.constant([1, 1]), tf.constant(0.0),
+        steps(tf.constant(images), tf.constant(labels), tf.constant(weights), tf.constant([1, 1]),
               tf.constant(26))
 
 

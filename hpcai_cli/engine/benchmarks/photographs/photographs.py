@@ -18,14 +18,16 @@ from hpcai_cli import console
 from hpcai_cli.engine import hardware
 from hpcai_cli.engine.benchmarks.measure import Figure, interleaved, median, rate, ratio
 from hpcai_cli.engine.benchmarks.photographs.sample_photographs import photograph_folder
+from hpcai_cli.engine.checkpoint import Position
 from hpcai_cli.engine.distributed import Serial
+from hpcai_cli.engine.feeding import run_blocks
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Block, Pipeline
 from hpcai_cli.engine.raw import preprocessing
 from hpcai_cli.engine.raw.image_files import find_image_files
 from hpcai_cli.engine.step import build_optimizer, compile_steps
 from hpcai_cli.engine.store import Dataset
-from hpcai_cli.engine.training import Job, Position, run_blocks
+from hpcai_cli.engine.training_job import Job
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run
 
@@ -112,7 +114,7 @@ def _training(job: Job, precision: str) -> list[Figure]:
     optimizer.build(model.trainable_variables)
     steps = compile_steps(model, optimizer, recipe, job.ranks, block=first, augment=job.augment)
     plain_steps = compile_steps(model, optimizer, recipe, job.ranks, block=augmented)
-    constant = [*map(tf.constant, (augmented.inputs, augmented.labels, augmented.weights)), seed, tf.constant(0.0),
+    constant = [*map(tf.constant, (augmented.inputs, augmented.labels, augmented.weights)), seed,
                 tf.constant(len(augmented.examples))]
 
     def loop() -> float:

@@ -97,7 +97,7 @@ class _RecipeSteps:
         steps, taken, started = self._steps[averaged], 0, time.perf_counter()
         for block in self._blocks:
             sums = steps(tf.constant(block.inputs), tf.constant(block.labels), tf.constant(block.weights),
-                         tf.constant([0, taken], tf.int32), tf.constant(0.0), tf.constant(len(block.examples)))
+                         tf.constant([0, taken], tf.int32), tf.constant(len(block.examples)))
             taken += len(block.examples)
             if taken >= count:
                 break
