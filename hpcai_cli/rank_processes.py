@@ -80,7 +80,7 @@ def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()
     process = subprocess.Popen(
         [*ranks.words(), beside("hpcai"), *arguments], env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
-    reader = _Reader(process, is_srun=ranks.launcher == "srun")
+    reader = _Reader(process, is_srun=ranks.launcher == "srun", is_elastic=ranks.elastic is not None)
     with _forwarded(process, ranks, reader) as asked:
         outcome = reader.outcome()
     if asked and outcome.exit_code not in (0, EXIT_STOPPED):
@@ -104,8 +104,10 @@ class _Reader:
                      "Bus error": signal.SIGBUS, "Illegal instruction": signal.SIGILL}
     _SRUN_SIGNAL = re.compile(rf"srun: error: .*: tasks? (\d+)[\d,-]*: ({'|'.join(_SRUN_SIGNALS)})")
 
-    def __init__(self, process: subprocess.Popen, *, is_srun: bool = False):
-        self._process, self._is_srun = process, is_srun
+    def __init__(self, process: subprocess.Popen, *, is_srun: bool = False, is_elastic: bool = False):
+        self._process, self._is_srun, self._is_elastic = process, is_srun, is_elastic
+        # In an elastic job a rank keeps the number by which its lines are tagged when it gets another one.
+        self._heard = {0}
         self._failed: tuple[int, int] | None = None
         self._named: int | None = None
         self._reported, self._words = False, ""
@@ -121,7 +123,7 @@ class _Reader:
             pump(self._process.stdout, "stdout")
             code = self._process.wait()
             errors.join()
-        if self._failed is None:
+        if self._failed is None or code == 0 and self._is_elastic:
             return Outcome(code, None, self._reported, self._words)
         rank, status = self._failed
         return Outcome(status if status in (1, 2, 3, 4, 5, 6, EXIT_STOPPED) else 1, rank, self._reported,
@@ -152,14 +154,21 @@ class _Reader:
     def _line(self, rank: int, kind: str, text: str) -> None:
         if kind == "stderr" and text.startswith(ANNOUNCEMENT):
             words = text.split()
-            if len(words) == 4 and words[1] == str(rank) and words[2].isdecimal():
-                self.processes[rank] = int(words[2]), words[3]
-        elif kind == "stdout" and rank == 0:
+            if len(words) == 4 and (words[1] == str(rank) or self._is_elastic) and words[2].isdecimal():
+                self._place(int(words[1]), rank, int(words[2]), words[3])
+        elif kind == "stdout" and rank in self._heard:
             _pass_on(sys.stdout, text)
         elif kind == "stderr":
             self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
-            if rank == 0 or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
+            if rank in self._heard or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
                 _pass_on(sys.stderr, text)
+
+    def _place(self, rank: int, tag: int, process: int, host: str) -> None:
+        """Take note of where a rank is; one of an elastic job says so again when it has got another number."""
+        self.processes = {other: known for other, known in self.processes.items() if known != (process, host)}
+        self.processes[rank] = process, host
+        if rank == 0:
+            self._heard.add(tag)
 
     def _own(self, line: str) -> None:
         if match := self._MPI_NAME.match(line):
@@ -175,8 +184,10 @@ class _Reader:
             failed = int(match[1]), int(match[2])
         elif match := self._SRUN_SIGNAL.match(line):
             failed = int(match[1]), -self._SRUN_SIGNALS[match[2]]
-        # A rank that crashed is the cause, also where one that it left behind was seen to end before.
-        if failed and (self._failed is None or _crash(failed[1]) and not _crash(self._failed[1])):
+        # A rank that crashed is the cause, also where one that it left behind was seen to end before. In an elastic job
+        # it is none: the others go on, unless one of them fails.
+        if failed and (self._failed is None or bool(_crash(failed[1])) != bool(_crash(self._failed[1])) == (
+                self._is_elastic)):
             self._failed = failed
         if line.strip():
             self._words = line.strip()

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -10,9 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from hpcai_cli import console, launch
-from hpcai_cli.engine.distributed import Horovod
+from hpcai_cli.engine.checkpoint import Position
+from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.learning_rates import ChangingRates
+from hpcai_cli.engine.step import Wishes
+from hpcai_cli.engine.timed_ranks import LagWatch
 from hpcai_cli.errors import HpcaiError, MissingError
-from hpcai_cli.run import Run
 
 COMMIT_SHARE = 0.01
 """Of the time, at most so much goes into commits."""
@@ -29,6 +33,20 @@ class RanksChanged(Exception):
     """Ranks can be had that don't take part yet; raised on all ranks after the same step, with the state committed."""
 
 
+@dataclass
+class Built:
+    """What a rank has built and compiled for the training, and needs again when the ranks have met again."""
+
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    rates: ChangingRates | None
+    steps: Callable
+    final_steps: Callable
+    validate: Callable[[], dict]
+    watch: LagWatch
+    keeper: Any = None
+
+
 class Crew:
     """This rank among those of an elastic job, from its start to its end.
 
@@ -36,22 +54,23 @@ class Crew:
 
     Attributes:
         ranks: those that there are now.
-        run: the job's run, once that is known.
-        built: what the training has built and needs again: a rank that has been lost builds it anew.
+        job: this rank's, once the run and the data are known.
+        built: what the training has built: a rank that comes builds it anew.
         holder: the rank whose state counts; None where no rank has one, at the beginning.
+        leads: whether this one was rank 0 when they met.
         news: what has happened since the last meeting, for people; empty at the beginning.
     """
 
     def __init__(self, ranks: Horovod):
         self.ranks = ranks
-        self.run: Run | None = None
-        self.built: Any = None
+        self.job: Any = None
+        self.built: Built | None = None
         self.holder: int | None = None
         self.news: dict = {}
         self._position: dict | None = None
         self._arrays: list[np.ndarray] = []
         self._step, self._next_commit = 0, 0.0
-        self._can_grow = False
+        self._can_grow = self.leads = False
         ranks.tell_of_hosts(self._note_hosts)
 
     def _note_hosts(self) -> None:
@@ -59,38 +78,43 @@ class Crew:
 
     # ---- While the ranks are together ------------------------------------------------------------------------------
 
-    @property
-    def can_grow(self) -> bool:
-        """Whether this rank knows of others that could take part; one that does tells all with its next step."""
-        return self._can_grow
-
     def meet(self) -> None:
         """Find out together whose state counts: that of the rank that has committed last."""
         steps = self.ranks.gather(np.array([-1 if self._position is None else self._position["step"]]))
         self.holder = int(np.argmax(steps)) if steps.max() >= 0 else None
 
-    def commit_is_due(self) -> bool:
-        """Tell whether enough time has passed since the last commit; each rank decides for itself."""
-        return time.monotonic() >= self._next_commit
+    def after_block(self, at: Position, wishes: Wishes) -> None:
+        """Take note of the step, and on rank 0 wish for a commit when one is due or when ranks are waiting."""
+        self._step = at.step
+        if self.ranks.rank == 0 and (self._can_grow or time.monotonic() >= self._next_commit):
+            wishes.commit.assign(1.0)
 
-    def commit(self, position: dict, variables: Sequence[keras.Variable]) -> None:
+    def commit(self, at: Position, variables: Sequence[keras.Variable], *, if_due: bool = False) -> None:
         """Keep a copy of the state in memory, to which the ranks go back when one of them is lost."""
         started = time.monotonic()
+        if if_due and started < self._next_commit:
+            return
         self._arrays = [variable.numpy() for variable in variables]
-        self._position = {name: value.copy() if isinstance(value, (list, dict)) else value
-                          for name, value in position.items()}
+        self._position = at.copied()
+        self._step = at.step
         ended = time.monotonic()
         self._next_commit = ended + max(COMMIT_SECONDS, (ended - started) / COMMIT_SHARE)
 
-    def reached(self, step: int) -> None:
-        """Take note of a step, so that it can be told how many were lost."""
-        self._step = step
+    def look_for_ranks(self, wishes: Wishes) -> None:
+        """See together, after a commit, whether ranks can be had that don't take part.
+
+        Raises:
+            RanksChanged: they can.
+        """
+        wishes.commit.assign(0.0)
+        if self.ranks.gather(np.array([self._can_grow])).any():
+            raise RanksChanged
 
     def recall(self, variables: Sequence[keras.Variable]) -> dict:
         """Give all ranks the state that counts, as of its last commit, and return the position."""
         assert self.holder is not None
         is_mine = self.ranks.rank == self.holder
-        self._position = self.ranks.broadcast_json(self._position if is_mine else None, self.holder)
+        position = self.ranks.broadcast_json(self._position if is_mine else None, self.holder)
         arrays = self._arrays if is_mine else [None] * len(variables)
         for chunk in _chunks(list(zip(variables, arrays, strict=True))):
             sizes = [int(np.prod(variable.shape, dtype=np.int64)) * np.dtype(variable.dtype).itemsize
@@ -99,7 +123,15 @@ class Crew:
             content = self.ranks.broadcast_bytes(content, sum(sizes), self.holder)
             for (variable, _), end, size in zip(chunk, np.cumsum(sizes), sizes, strict=True):
                 variable.assign(content[end - size:end].view(np.dtype(variable.dtype)).reshape(variable.shape))
-        return self._position
+        return position
+
+    def tell(self, at: Position) -> None:
+        """Tell people on stderr that the job goes on with other ranks."""
+        if self.news:
+            what = "more processes" if self.news["reason"] == "more ranks" else "a process was lost"
+            lost = f", {self.news['lost_steps']:,} steps back" if self.news["lost_steps"] else ""
+            console.note(f"{what}: {self.ranks.size} in place of {self.news['world_size_before']} go on after step "
+                         f"{at.step:,}{lost}")
 
     # ---- When they are not ------------------------------------------------------------------------------------------
 
@@ -110,7 +142,7 @@ class Crew:
         """
         if isinstance(error, RanksChanged):
             return True
-        return is_loss(error) and not (self.run and self.run.failure_file.is_file())
+        return is_loss(error) and not (self.job and self.job.run.failure_file.is_file())
 
     def meet_again(self, error: Exception) -> None:
         """Wait until horovodrun has settled who takes part, and join them.
@@ -152,6 +184,15 @@ def until_done(crew: Crew | None, function: Callable):
         crew.meet_again(loss)
 
 
+def part(ranks: Serial | Horovod) -> None:
+    """End the communication; a rank that is lost now is missed no more, since all have done their work."""
+    try:
+        ranks.stop()
+    except Exception as error:
+        if not (ranks.is_elastic and is_loss(error)):
+            raise
+
+
 def is_loss(error: BaseException) -> bool:
     """Tell whether an error only says that another rank is gone.
 
@@ -159,14 +200,6 @@ def is_loss(error: BaseException) -> bool:
     """
     return isinstance(error, (tf.errors.OpError, ValueError, RuntimeError)) and not isinstance(error, HpcaiError) and (
         bool(_LOST.search(str(error))))
-
-
-def tell(crew: Crew, position: dict) -> None:
-    """Tell people on stderr that the job goes on with other ranks."""
-    news, size = crew.news, crew.ranks.size
-    what = "more processes" if news["reason"] == "more ranks" else "a process was lost"
-    lost = f", {news['lost_steps']:,} steps back" if news["lost_steps"] else ""
-    console.note(f"{what}: {size} in place of {news['world_size_before']} go on after step {position['step']:,}{lost}")
 
 
 def _chunks(pairs: list[tuple[keras.Variable, np.ndarray | None]]) -> Iterator[list]:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.learning_rates import ChangingRates, learning_rates
 from hpcai_cli.engine.model import moving_statistics
 from hpcai_cli.engine.pipeline import Block
 from hpcai_cli.engine.task import task_of
@@ -33,6 +34,12 @@ class Wishes:
             self.save = tf.Variable(0.0, trainable=False)
             self.commit = tf.Variable(0.0, trainable=False)
             self.halted = tf.Variable(False, trainable=False)
+
+    def begin(self) -> None:
+        """Take back what is still set of an earlier beginning: all ranks have to begin alike."""
+        for wish in (self.save, self.commit):
+            wish.assign(0.0)
+        self.halted.assign(False)
 
 
 def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
@@ -172,17 +179,10 @@ def mixed(inputs: tf.Tensor, seed: tf.Tensor, *, alpha: float) -> tuple[tf.Tenso
     return place * inputs + (1 - place) * tf.roll(inputs, 1, axis=0), share
 
 
-def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int) -> keras.optimizers.Optimizer:
-    """Return the recipe's optimizer with its learning-rate schedule for a job of `size` ranks."""
-    growth = {"linear": float(size), "sqrt": size**0.5, "none": 1.0}[recipe.learning_rate_scaling]
-    peak = recipe.learning_rate * growth
-    total = steps_per_epoch * recipe.epochs
-    warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=peak / warmup if warmup else peak, decay_steps=max(1, total - warmup),
-        # With alpha 1 the cosine stays at its peak: the constant schedule, with the same warm-up.
-        alpha=1.0 if recipe.schedule == "constant" else 0.0,
-        warmup_target=peak if warmup else None, warmup_steps=warmup)
+def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int,
+                    schedule: ChangingRates | None = None) -> keras.optimizers.Optimizer:
+    """Return the recipe's optimizer with its learning-rate schedule for a job of `size` ranks, or with another one."""
+    schedule = schedule or learning_rates(recipe, steps_per_epoch=steps_per_epoch, size=size)
     common = {"learning_rate": schedule, "global_clipnorm": recipe.clip_norm or None,
               "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":
