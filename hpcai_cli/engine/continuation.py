@@ -36,13 +36,13 @@ def what_follows(before: Recipe, after: Recipe, manifest: dict, facts: dict, ver
     changed += [name for name in values[1] if name not in ("epochs", "precision") and values[0].get(name) !=
                 values[1][name]]
     if before.epochs != after.epochs and after.schedule != "constant":
-        changed.append("epochs")
+        changed.append("number of epochs")
     known = manifest.get("versions")
     known = known if isinstance(known, dict) else {}
     changed += [name for name in _VERSIONS if name in known and known[name] != versions.get(name)]
     if changed:
-        found.append("the weights will not be bit for bit those of a run that was never stopped, since there is "
-                     f"another {', '.join(changed)}")
+        found.append("the weights will not be bit for bit those of a run that was never stopped: another "
+                     f"{', '.join(changed)}")
     return found
 
 

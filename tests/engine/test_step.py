@@ -87,7 +87,7 @@ def test_loss_and_update_are_the_formula_s(smoothing):
     model, _, sums = run(recipe, [even(inputs, labels)])
     assert sums[0][0] == pytest.approx(loss, rel=1e-5)
     right = (inputs @ before[0] + before[1]).argmax(axis=1) == labels
-    assert sums[0][1:].tolist() == [right.sum(), 0]
+    assert sums[0][1:].tolist() == [right.sum(), 0, 0]
     for old, new, gradient in zip(before, model.get_weights(), gradients, strict=True):
         np.testing.assert_allclose(new, old - 0.5 * gradient, atol=1e-6)
 
