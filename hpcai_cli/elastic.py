@@ -19,6 +19,8 @@ TIMEOUT = 600
 # long, so that one that loses every rank doesn't stop the others all the time.
 _LEFT_OUT_SECONDS = (1, 300)
 _DISCOVERY_SECONDS = 30
+# So long the ranks wait for one that is just starting, and for an answer of a host that has lost its power.
+_MEETING_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Elastic:
 
     def environment(self, np: int, named: tuple[Host, ...]) -> dict[str, str]:
         """Return the variables that the ranks get for it."""
-        return {} if named or self.discovery else {NAMES_VARIABLE: ",".join(names_here(np))}
+        # Horovod calls the loss of a rank an error, in words of its own source; ours are for people.
+        wanted = {"HOROVOD_LOG_LEVEL": "fatal", "HOROVOD_GLOO_TIMEOUT_SECONDS": str(_MEETING_SECONDS)}
+        found = {name: value for name, value in wanted.items() if name not in os.environ}
+        return found if named or self.discovery else found | {NAMES_VARIABLE: ",".join(names_here(np))}
 
 
 def names_here(count: int) -> list[str]:

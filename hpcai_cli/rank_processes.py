@@ -184,15 +184,21 @@ class _Reader:
             failed = int(match[1]), int(match[2])
         elif match := self._SRUN_SIGNAL.match(line):
             failed = int(match[1]), -self._SRUN_SIGNALS[match[2]]
-        # A rank that crashed is the cause, also where one that it left behind was seen to end before. In an elastic job
-        # it is none: the others go on, unless one of them fails.
-        if failed and (self._failed is None or bool(_crash(failed[1])) != bool(_crash(self._failed[1])) == (
-                self._is_elastic)):
+        if failed and self._is_cause(failed):
             self._failed = failed
         if line.strip():
             self._words = line.strip()
         if os.environ.get(VERBOSE_VARIABLE):
             _pass_on(sys.stderr, line)
+
+    def _is_cause(self, failed: tuple[int, int]) -> bool:
+        """Tell whether a failure is more of a cause than the one that was seen before."""
+        if self._failed is None:
+            return True
+        has_crashed, had_crashed = bool(_crash(failed[1])), bool(_crash(self._failed[1]))
+        # A rank that crashed is the cause, also where one that it left behind was seen to end before. In an elastic job
+        # the others go on without it, and what one of them fails of is the cause.
+        return had_crashed and not has_crashed if self._is_elastic else has_crashed and not had_crashed
 
 
 def _crash(status: int) -> str:

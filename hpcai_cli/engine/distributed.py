@@ -1,5 +1,6 @@
 """The ranks of a job: the only module that imports horovod, and a serial twin with the same interface."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -102,11 +103,18 @@ class Horovod:
         """Meet the ranks that there are now; rank and size may be others than before.
 
         Raises:
-            Exception: whatever Horovod raises where the ranks don't find each other in time.
+            ValueError: they don't find each other in time.
         """
         self._hvd.shutdown()
         self._hvd.init()
         self._take_place()
+
+    def why_not_joined(self) -> str:
+        """Return what has kept Horovod from starting, empty where it was built without that."""
+        # Set by Horovod itself, of which Python's own copy of the variables knows nothing.
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_char_p
+        return (getenv(b"HPCAI_HOROVOD_FAILURE") or b"").decode(errors="replace")
 
     def tell_of_hosts(self, changed: Callable[[], None]) -> None:
         """Call the function, in a thread of its own, when ranks can be had that don't take part; rank 0 learns it."""

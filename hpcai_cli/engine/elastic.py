@@ -1,6 +1,7 @@
 """Elastic training: what a rank keeps in memory, and how the ranks that are left meet those that come."""
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,23 +150,37 @@ class Crew:
 
         Raises:
             MissingError: the ranks don't find each other, or there are too few of them for too long.
+            SystemExit: the job goes on without this rank.
         """
         started, size = time.monotonic(), self.ranks.size
         # Before the meeting: what comes in meanwhile may be later than what it knows.
         self._can_grow = False
-        for attempt in range(MEETINGS):
-            try:
-                self.ranks.rejoin()
-                break
-            except Exception as failure:
-                if attempt == MEETINGS - 1 or "rank_and_size" in str(failure):
-                    raise MissingError("the processes that are left do not find each other",
-                                       expected="--min-np of them in time", received=str(failure)) from None
+        self._rejoin()
         launch.announce()
         committed = self._position["step"] if self._position else 0
         self.news = {"reason": "more ranks" if isinstance(error, RanksChanged) else "lost a rank",
                      "world_size_before": size, "lost_steps": self._step - committed,
                      "seconds": round(time.monotonic() - started, 3)}
+
+
+    def _rejoin(self) -> None:
+        reason = ""
+        for _ in range(MEETINGS):
+            try:
+                self.ranks.rejoin()
+                return
+            except ValueError as error:
+                reason = self.ranks.why_not_joined() or str(error)
+            if "has been removed from elastic job" in reason:
+                # Its place is not offered any more; horovodrun takes no notice of how it ends.
+                sys.exit(0)
+            if "HTTP request failed" in reason:
+                # horovodrun has given up, and what it was asked stays without an answer.
+                raise MissingError("too few processes are left, and no others came in time",
+                                   expected="--min-np of them within --elastic-timeout",
+                                   mend="continue the run with --resume")
+        raise MissingError("the processes that are left do not find each other", received=reason,
+                           mend="continue the run with --resume")
 
 
 def until_done(crew: Crew | None, function: Callable):

@@ -70,6 +70,19 @@ class Keeper:
         if self._writer:
             self._writer.write(State(**self._at.copied(), fingerprint=self._fingerprint, arrays=arrays))
 
+    def take_over(self) -> None:
+        """See that the best epoch's checkpoint is on the disk or on its way there, after ranks of an elastic job met
+        again: the rank that was to write it may be gone."""
+        step, best = self._at.best.get("step"), self._at.best.get("epoch")
+        if step is None or on_rank_zero(self._ranks, lambda: self._writer.has(step)):
+            return
+        if step == self._at.step:
+            self.save()
+            return
+        console.note(f"the best epoch so far, {best}, cannot be chosen any more: its checkpoint was lost with a "
+                     "process")
+        self._at.best = {}
+
     def finish(self) -> str:
         """Wait until all is on the disk; return why the last checkpoint is not, alike on every rank."""
         return on_rank_zero(self._ranks, lambda: str(self._writer.finish() or ""))

@@ -104,6 +104,8 @@ def train(job: Job, *, resume: bool) -> dict:
     job.stop.tell(lambda: job.wishes.stop.assign(1.0))
     if crew:
         crew.built = built
+        if is_recalled:
+            keeper.take_over()
         crew.commit(at, [*model.variables, *optimizer.variables])
 
     # ---- Train.
@@ -268,8 +270,11 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate) -> dict:
     row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(at.seconds, 3),
             "images_per_second": round(count / at.seconds, 1)}
     at.history.append(row)
+    # Each once, also where ranks were lost or resumed with another number.
+    examples = at.sums[2]
+    assert examples == count, f"{examples} of {count} examples"
     at.epoch, at.cursor, at.sums, at.seconds = at.epoch + 1, 0, [0.0, 0.0, 0], 0.0
-    _event(job, "epoch", **row)
+    _event(job, "epoch", **row, examples=examples)
     return row
 
 
