@@ -54,7 +54,8 @@ def failing(hpcai):
     ("train mnist --set epochs", "expected key=value"), ("train mnist --set epoch=3", "perhaps 'epochs'"),
     ("train mnist --epochs 0", "epochs is out of range"), ("train mnist --precision half", "precision is unknown"),
     ("evaluate runs --require accuracy", "cannot read --require"), ("predict runs", "predict needs files"),
-    ("preprocess", "preprocess needs a recipe"), ("train --resume a --output b", "not both")])
+    ("preprocess", "preprocess needs a recipe"),
+    ("train mnist --checkpoint-every often", "takes steps, seconds or epochs")])
 def test_wrong_usage_ends_with_2(hpcai, line, words):
     done = hpcai(*line.split())
     assert done.exit_code == 2

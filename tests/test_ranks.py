@@ -115,6 +115,7 @@ def test_horovodrun_and_mpirun_from_outside_give_the_same_weights(folder):
     assert_same_bits("h", "m")
 
 
+@pytest.mark.long
 @needs_horovod
 @needs_mpirun
 @pytest.mark.parametrize("launcher", [[HOROVODRUN, "-np", "2", "--gloo", "--disable-cache"],
@@ -127,8 +128,9 @@ def test_mnist_to_the_same_accuracy(folder, train_mnist, launcher):
 
 
 @needs_horovod
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGUSR1),
-                                                   (2, signal.SIGINT)])
+@pytest.mark.parametrize(("processes", "number"), [
+    pytest.param(1, signal.SIGINT, marks=pytest.mark.long), (1, signal.SIGTERM),
+    pytest.param(1, signal.SIGUSR1, marks=pytest.mark.long), (2, signal.SIGINT)])
 def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(folder, processes, number):
     common = ["./tiny.py", "--np", str(processes), "--epochs", "100", "--set", "dropout=0.3"]
     events = folder / "stopped" / "events.jsonl"

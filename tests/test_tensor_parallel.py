@@ -132,6 +132,7 @@ def test_two_ranks_that_share_a_model_equal_one_and_resume_as_one(folder, hpcai)
     assert_equal("back", "whole")
 
 
+@pytest.mark.long
 @needs_horovod
 def test_four_ranks_that_share_two_models_equal_two(folder):
     """Under horovodrun; with batch normalization over all ranks, mixup, accumulation and decay."""
@@ -146,6 +147,7 @@ def test_four_ranks_that_share_two_models_equal_two(folder):
     assert_equal("both", "plain")
 
 
+@pytest.mark.long
 @needs_horovod
 def test_bfloat16_trains_and_ranks_stay_in_step(folder):
     result = train("./wide.py", "--output", "run", "--precision", "mixed_bfloat16", *SPLIT)
@@ -175,6 +177,7 @@ def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weight
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 @needs_horovod
 def test_a_loss_that_is_no_number_and_a_model_without_wide_layers_end_in_one_sentence(folder):
     done = run(HPCAI, "train", "./wide.py", "--output", "nan", *SPLIT, "--set", "optimizer=sgd", "--learning-rate",
@@ -204,6 +207,7 @@ def test_what_cannot_be_is_refused_before_the_start(folder, hpcai, words, said):
     assert done.exit_code == 2 and "no --tensor-parallel with it" in done.stderr
 
 
+@pytest.mark.long
 @needs_horovod
 def test_parts_that_differ_are_found_and_each_rank_holds_its_share_of_the_bytes(folder):
     """Four ranks share two models: ranks 1 and 3 hold the same part."""

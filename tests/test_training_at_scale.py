@@ -114,6 +114,7 @@ def test_what_cannot_be_proven(hpcai, words, message):
 
 # ---- Gradients and statistics --------------------------------------------------------------------------------------
 
+@pytest.mark.long
 @needs_horovod
 def test_synchronized_batch_normalization_is_that_of_one_process(with_layers):
     with_layers(NORMALIZED)
@@ -128,6 +129,7 @@ def test_synchronized_batch_normalization_is_that_of_one_process(with_layers):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @needs_horovod
 @EITHER
 def test_gradients_that_travel_as_float16(tiny_folder, launcher):
@@ -136,6 +138,7 @@ def test_gradients_that_travel_as_float16(tiny_folder, launcher):
     assert 1e-6 < distance(whole, half) < 1e-3
 
 
+@pytest.mark.long
 @needs_horovod
 @needs_mpirun
 def test_adasum(tiny_folder):
@@ -203,6 +206,7 @@ def augment(inputs, seed, recipe):
     assert len(named) == 1 and named[0].startswith("rank 1 on "), done.stderr
 
 
+@pytest.mark.long
 @needs_horovod
 @EITHER
 def test_fusion_settings_reach_the_ranks(tiny_folder, launcher):
@@ -212,6 +216,7 @@ def test_fusion_settings_reach_the_ranks(tiny_folder, launcher):
         "fusion_mb": 2.0, "cycle_ms": 0.25, "autotune": False}
 
 
+@pytest.mark.long
 @needs_horovod
 @EITHER
 def test_autotune_tells_the_best_that_it_tried(tiny_folder, monkeypatch, launcher):

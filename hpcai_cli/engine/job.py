@@ -19,7 +19,6 @@ from hpcai_cli.cache import cache_folder
 from hpcai_cli.cadence import Cadence
 from hpcai_cli.engine import checkpoint, continuation, rank_groups
 from hpcai_cli.engine.power_file import PowerFile
-from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, DataError, HpcaiError, UsageError, is_aftermath
 from hpcai_cli.recipe import Recipe
@@ -274,6 +273,9 @@ def data_of(request: Request) -> Path:
         raise UsageError(f"{file} does not exist and recipe {name} has no built-in sample",
                          expected="--data FILE.h5", mend=f"run `hpcai preprocess {name}`")
     # Named by its code too: people change the sample of a recipe of their own, and two files may have one name.
+    # Only here: archives, downloads and what reads them would take every start a tenth of a second more.
+    from hpcai_cli.engine.raw.preprocessing import Wishes, preprocess, reader_digest
+
     sample = cache_folder() / "samples" / f"{name}-{reader_digest(request.sample)}.h5"
     console.note(f"no --data and no {file}: training on the built-in sample; `hpcai preprocess {name}` brings the "
                  "whole data")

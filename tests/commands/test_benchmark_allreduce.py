@@ -101,6 +101,7 @@ def test_alone_it_starts_ranks_over_each_transport(hpcai, monkeypatch):
     assert {path.suffix for path in Path("here").iterdir()} == {".json", ".csv", ".png"}
 
 
+@pytest.mark.long
 @needs_horovod
 @needs_mpirun
 def test_under_mpirun_the_ranks_measure_and_verify_every_operation(tmp_path):

@@ -7,9 +7,10 @@ from importlib.util import find_spec
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
 @pytest.mark.parametrize("launcher", [
-    pytest.param("horovodrun", marks=pytest.mark.long),
+    "horovodrun",
     pytest.param("mpirun", marks=pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed"))])
 def test_both_sides_train(hpcai, monkeypatch, launcher):
     monkeypatch.setattr("hpcai_cli.engine.benchmarks.horovod_script.ROUNDS", 1)

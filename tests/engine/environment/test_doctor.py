@@ -29,6 +29,7 @@ def shadow(folder, module: str, text: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not HOROVOD, reason="Horovod is not installed: hpcai doctor --build-horovod")
 def test_two_processes_reduce_and_train_over_every_transport_that_is_built_in():
     found = examine()

@@ -55,8 +55,7 @@ def test_reloads_give_back_what_the_models_had(exports, serve, network, tmp_path
                     time.sleep(0.02)
 
         def least(begin: int) -> float:
-            # One reading is up to 30 % more, as long as the model before has not gone; the least of some is the same
-            # within 3 %, unless each leaves something behind.
+            # One reading is up to 30 % more, as long as the model before has not gone.
             readings = []
             for version in range(begin, begin + READINGS):
                 reload(range(version, version + 1))
@@ -66,4 +65,5 @@ def test_reloads_give_back_what_the_models_had(exports, serve, network, tmp_path
         before = least(2)
         reload(range(2 + READINGS, 2 + READINGS + RELOADS))
         after = least(2 + READINGS + RELOADS)
-    assert after < 1.05 * before, (before, after)
+    # The least of five was within 6 % on busy machines; where each model was kept on purpose, it grew by 60 %.
+    assert after < 1.2 * before, (before, after)

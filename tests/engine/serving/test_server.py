@@ -519,7 +519,9 @@ def test_a_worker_that_cannot_start_again_does_not_end_the_others(exports, serve
         # Nobody is left who answers, and nobody can start.
         (export / "artefact.json").write_text("{}")
         for pid in served.workers():
-            os.kill(pid, signal.SIGKILL)
+            # One that had not opened the export yet has ended by itself.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert served.process.wait(30) == 3
 
 
