@@ -68,7 +68,7 @@ def local_place(environ: Mapping[str, str]) -> tuple[int, int] | None:
     """Return the number of this rank's place on its host, and how many places that has, where they are names."""
     names = environ.get(NAMES_VARIABLE, "").split(",")
     own = environ.get("HOROVOD_HOSTNAME", "")
-    return (names.index(own), len(names)) if own in names else None
+    return (names.index(own), len(names)) if own and own in names else None
 
 
 def discovered(program: Path) -> tuple[Host, ...]:

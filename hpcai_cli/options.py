@@ -153,8 +153,12 @@ class Survival:
                 raise UsageError("--discovery names the hosts", expected="no --hosts or --hostfile with it")
             count, found = np or least, elastic_jobs.discovered(self.discovery)
             launch.require_horovod(count)
-            ranks = launchers.Ranks(count, "horovodrun", () if all(host_lists.is_here(host.name) for host in found)
-                                    else found, where.interface, where.further_words())
+            is_here = all(host_lists.is_here(host.name) for host in found)
+            if is_here and not where.interface:
+                raise UsageError("--discovery names no other host just now, so that nothing shows the way to them",
+                                 expected="--interface NAME, such as eth0, or lo where there will be none")
+            ranks = launchers.Ranks(count, "horovodrun", () if is_here else found, where.interface,
+                                    where.further_words())
         elif where.hosts is not None or where.hostfile is not None or (np or self.max_np or 1) > 1:
             ranks = dataclasses.replace(where, launcher="horovodrun").ranks(np or self.max_np)
         else:

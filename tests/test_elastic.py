@@ -71,6 +71,12 @@ def test_what_cannot_be(hpcai, words, message, monkeypatch):
     assert done.exit_code == 2 and message in done.stderr
 
 
+def test_a_discovery_that_shows_no_way_to_other_hosts(hpcai, monkeypatch):
+    monkeypatch.setattr(launch, "require_horovod", lambda np: None)
+    done = hpcai("train", "mnist", "--elastic", "--discovery", program("echo localhost:2"))
+    assert done.exit_code == 2 and "expected --interface NAME" in done.stderr
+
+
 def program(text: str) -> Path:
     path = Path("hosts.sh")
     path.write_text(f"#!/bin/sh\n{text}\n")

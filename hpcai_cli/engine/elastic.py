@@ -58,12 +58,13 @@ class Crew:
         job: this rank's, once the run and the data are known.
         built: what the training has built: a rank that comes builds it anew.
         holder: the rank whose state counts; None where no rank has one, at the beginning.
+        started: when this rank began, s of the monotonic clock.
         leads: whether this one was rank 0 when they met.
         news: what has happened since the last meeting, for people; empty at the beginning.
     """
 
     def __init__(self, ranks: Horovod):
-        self.ranks = ranks
+        self.ranks, self.started = ranks, time.monotonic()
         self.job: Any = None
         self.built: Built | None = None
         self.holder: int | None = None

@@ -46,7 +46,7 @@ def train(job: Job, *, resume: bool) -> dict:
     recipe, ranks, replicas, run = job.recipe, job.ranks, job.replicas, job.run
     if recipe.gradient_reduction == "adasum":
         ranks.require_adasum()
-    started = time.monotonic()
+    started = job.crew.started if job.crew else time.monotonic()
     if job.energy:
         job.energy.start()
 
