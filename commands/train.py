@@ -1,17 +1,19 @@
 """hpcai train: a recipe and a dataset file to a trained run."""
 
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hpcai_cli import catalog, console, durations, launch, options, rank_processes, run_lock
+from hpcai_cli import catalog, console, durations, launch, options, rank_processes, run_lock, supervisor
 from hpcai_cli.cadence import Cadence
-from hpcai_cli.errors import EXIT_STOPPED, HpcaiError, MissingError, UsageError
+from hpcai_cli.errors import MissingError, UsageError
 from hpcai_cli.launchers import Ranks
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.recipe import Recipe, parse_assignments, read_values
-from hpcai_cli.run import Run, read_json
+from hpcai_cli.run import Run
 from hpcai_cli.signals import StopRequest
 
 PROFILED = 1_000
@@ -54,6 +56,7 @@ def train(
                                                  "time has passed, such as 90m or 2h; under Slurm its limit counts "
                                                  "too.")] = None,
     fusion: options.Fusion = options.UNFUSED,
+    supervision: options.Supervision = options.SUPERVISED,
     energy: options.Energy = False,
     power_file: options.PowerFile = None,
     json: options.Json = False,
@@ -61,7 +64,8 @@ def train(
 ) -> None:
     """Train a recipe, alone or in several processes, and evaluate the best epoch on the test split.
 
-    Ctrl-C, SIGTERM and SIGUSR1 end in a checkpoint and exit code 75; --resume goes on from there.
+    Ctrl-C, SIGTERM and SIGUSR1 end in a checkpoint and exit code 75; --resume goes on from there. Of several processes
+    one that dies or hangs is found, and the job goes on from its newest checkpoint by itself.
 
     Examples:
         $ hpcai train mnist
@@ -79,6 +83,7 @@ def train(
         $ hpcai train mnist --data data/mnist.h5 --hosts a:4,b:4
         $ hpcai train mnist --elastic --np 4
         $ hpcai train mnist --elastic --min-np 2 --max-np 16 --discovery ./hosts.sh
+        $ hpcai train mnist --np 2 --heartbeat 60 --max-restarts 10
         $ horovodrun -np 2 hpcai train mnist --data data/mnist.h5
 
     Next: hpcai evaluate RUN
@@ -99,11 +104,11 @@ def train(
     if tensorboard and launch.missing_package("tensorboard"):
         raise MissingError("--tensorboard needs a package that is not installed",
                            mend="run `pip install 'hpcai[tensorboard]'`", received="tensorboard")
-    ranks = survival.ranks(np, where)
+    ranks = _supervised(survival.ranks(np, where), supervision)
     if ranks and ranks.elastic or launch.is_elastic():
         _check_elastic({"--autotune": fusion.autotune, "--tensor-parallel": tensor_parallel > 1, "--profile": profile,
                         "--prove": prove, "--energy": energy, "--power-file": power_file}, chosen)
-    if fusion != options.UNFUSED and not ranks and launch.place().size == 1:
+    if fusion != options.UNFUSED and not (ranks and ranks.launcher) and launch.place().size == 1:
         raise UsageError("a single process sends no gradients", expected="--fusion-mb, --cycle-ms and --autotune with "
                          "--np N, --hosts or a launcher")
     fusion.apply()
@@ -117,14 +122,16 @@ def train(
                           resume, tensorboard, steps, energy or power_file is not None, power_file, tensor_parallel,
                           cadence, seconds)
     if prove:
+        if supervision.max_restarts:
+            raise UsageError("--prove trains a few steps only", expected="no --max-restarts with it")
         _prove(ranks, request, assignments, json)
         return
     if ranks:
-        _start_ranks(ranks, job.prepare(request, size=ranks.np), request, assignments, json)
+        _start_ranks(ranks, job.prepare(request, size=ranks.np), request, assignments, json, supervision)
         return
-    with StopRequest() as stop:
+    with StopRequest() as stop, Pulse(supervision.heartbeat) as pulse:
         launch.announce()
-        result = job.run_here(request, stop)
+        result = job.run_here(request, stop, pulse)
     if json:
         console.result_json(result)
         return
@@ -212,29 +219,43 @@ def _entry_and_recipe(name: str | None, resume: Path | None,
     return entry, entry.recipe.override(assignments)
 
 
-def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments: dict[str, str], json: bool) -> None:
+def _supervised(ranks: Ranks | None, supervision: options.Supervision) -> Ranks | None:
+    """Return the processes to start; one, where a single one is to be started again when it fails.
+
+    Raises:
+        UsageError: the heart would beat too fast, or somebody else has started the processes.
+    """
+    if 0 < supervision.heartbeat < 1:
+        raise UsageError("--heartbeat is too short", expected="at least 1 second, or 0 for never",
+                         received=supervision.heartbeat)
+    here = launch.place()
+    if supervision.max_restarts and here.size > 1:
+        raise UsageError(f"--max-restarts starts processes again, but {here.launcher} has started these",
+                         expected="processes that hpcai starts", mend=f"leave {here.launcher} out and give --np",
+                         received=supervision.max_restarts)
+    return ranks or (Ranks(1, launcher="") if supervision.max_restarts else None)
+
+
+def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments: dict[str, str], json: bool,
+                 supervision: options.Supervision) -> None:
     """Start this same command in so many processes on the folder and the data that were checked."""
     run, file = prepared
     run_lock.check(run.folder)
-    arguments = ["train", request.reference, "--data", str(file), "--resume" if request.resume else "--output",
-                 str(run.folder), *options.words({
-                     "--tensorboard": request.tensorboard, "--profile": "-".join(map(str, request.profile or ())),
-                     "--energy": request.energy, "--power-file": request.power_file,
-                     "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
-                     "--checkpoint-every": request.cadence.words(), "--keep-checkpoints": request.cadence.keep,
-                     "--max-time": request.max_time and f"{request.max_time:.3f}",
-                     "--json": json, "--set": _settings(assignments)})]
-    outcome = rank_processes.run_ranks(ranks, arguments, [file, run.folder])
-    if outcome.exit_code not in (0, EXIT_STOPPED) and not outcome.reported:
-        error = HpcaiError(outcome.happened,
-                           mend=f"run it again with --verbose, or go on with `hpcai train --resume {run.folder}`",
-                           received=outcome.launcher_words)
-        run.record_failure(rank=outcome.rank, error=error, exit_code=error.exit_code)
-        raise error
-    code = outcome.exit_code
-    if code not in (0, EXIT_STOPPED) and run.failure_file.is_file():
-        # The ranks' own record is the truth: which of them the launcher sees end first is a race.
-        code = read_json(run.failure_file).get("exit_code", code)
+    started = time.monotonic()
+
+    def arguments(begin: str) -> list[str]:
+        left = request.max_time and max(1.0, request.max_time - (time.monotonic() - started))
+        return ["train", request.reference, "--data", str(file), begin, str(run.folder), *options.words({
+            "--tensorboard": request.tensorboard, "--profile": "-".join(map(str, request.profile or ())),
+            "--energy": request.energy, "--power-file": request.power_file,
+            "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
+            "--checkpoint-every": request.cadence.words(), "--keep-checkpoints": request.cadence.keep,
+            "--max-time": left and f"{left:.3f}", "--json": json, "--set": _settings(assignments),
+            "--heartbeat": supervision.heartbeat})]
+
+    restarts = supervisor.RESTARTS if supervision.max_restarts is None else supervision.max_restarts
+    code = supervisor.supervise(ranks, arguments, run, [file, run.folder], resumes=request.resume is not None,
+                                heartbeat=supervision.heartbeat, max_restarts=restarts)
     if code:
         raise typer.Exit(code)
 

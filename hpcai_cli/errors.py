@@ -4,6 +4,8 @@ import re
 
 EXIT_STOPPED = 75
 """Stopped early, resumable; sysexits.h calls it EX_TEMPFAIL."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where there is nothing to resume, as shells number it."""
 
 LONGEST_VALUE = 300
 """Characters of a received value that an error shows."""

@@ -31,7 +31,7 @@ class Ranks:
 
     np: int
     launcher: str
-    """horovodrun, mpirun or srun."""
+    """horovodrun, mpirun or srun; empty for a single process, which needs none."""
     hosts: tuple[Host, ...] = ()
     """Other machines too; empty when all ranks are on this one, or where srun finds the nodes itself."""
     interface: str = ""
@@ -43,7 +43,7 @@ class Ranks:
 
     def words(self) -> list[str]:
         """Return the command line that starts them, behind which the command is to be written."""
-        words = {"mpirun": self._mpirun, "srun": self._srun, "horovodrun": self._horovodrun}[self.launcher]()
+        words = {"mpirun": self._mpirun, "srun": self._srun, "horovodrun": self._horovodrun, "": list}[self.launcher]()
         return [*map(str, words), *self.options]
 
     def environment(self) -> dict[str, str]:

@@ -20,10 +20,7 @@ from hpcai_cli.commands.predict import predict
 from hpcai_cli.commands.preprocess import preprocess
 from hpcai_cli.commands.recipes import recipes
 from hpcai_cli.commands.train import train
-from hpcai_cli.errors import HpcaiError, StoppedEarly, is_aftermath
-
-EXIT_INTERRUPTED = 130
-"""Ctrl-C where there is nothing to resume, as shells number it."""
+from hpcai_cli.errors import EXIT_INTERRUPTED, HpcaiError, StoppedEarly, is_aftermath
 
 
 class _FrontDoor(TyperGroup):

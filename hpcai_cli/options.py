@@ -173,6 +173,19 @@ class Survival:
         return dataclasses.replace(ranks, elastic=how)
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """What is done about processes that die or hang."""
+
+    heartbeat: Annotated[float, typer.Option(min=0, max=86_400, metavar="SECONDS", help="A process of several that for "
+                                             "so long shows no sign of life, or no progress, hangs; 0 for never.")] = 30
+    max_restarts: Annotated[int | None, typer.Option(min=0, metavar="N", help="Start processes that died or hang again "
+                                                     "from the newest checkpoint, so many times; 3 by default for "
+                                                     "several, 0 for one.", show_default=False)] = None
+
+
+SUPERVISED = Supervision()
+"""As by default."""
 UNFUSED = Fusion()
 """Horovod's own settings."""
 HERE = Where()

@@ -4,20 +4,21 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
 
-from hpcai_cli import host_check
-from hpcai_cli.errors import EXIT_STOPPED, HpcaiError
+from hpcai_cli import host_check, rank_signals
+from hpcai_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, HpcaiError
 from hpcai_cli.launch import ANNOUNCEMENT, TERMINAL_VARIABLE, VERBOSE_VARIABLE, beside
 from hpcai_cli.launchers import Ranks
+from hpcai_cli.pulse import BEAT
+from hpcai_cli.watch import Watch
 
 _CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
@@ -35,10 +36,16 @@ class Outcome:
     """What the launcher itself printed last."""
     signal: str = ""
     """The signal that ended the rank; SIGKILL is how a kernel without memory, or a batch system, ends processes."""
+    hang: str = ""
+    """What was found by whoever watched over the ranks, and ended them for it."""
+    answered: bool = False
+    """Whether rank 0 has written something to stdout."""
 
     @property
     def happened(self) -> str:
         """What can be said of an end without a rank's own words."""
+        if self.hang:
+            return self.hang
         who = "the launcher" if self.rank is None else f"rank {self.rank}"
         return f"{who} was ended by {self.signal}" if self.signal else f"{who} ended without a word of its own"
 
@@ -62,10 +69,14 @@ def run_command(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = 
         raise typer.Exit(outcome.exit_code)
 
 
-def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()) -> Outcome:
+def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = (),
+              watch: Watch | None = None) -> Outcome:
     """Run `hpcai ARGUMENTS` in several processes, as if it were one program.
 
     Rank 0's stdout becomes ours, the ranks' stderr becomes ours, and signals reach every rank.
+
+    Args:
+        watch: looks for ranks that hang.
 
     Raises:
         MissingError: a host cannot take ranks.
@@ -80,9 +91,13 @@ def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()
     process = subprocess.Popen(
         [*ranks.words(), beside("hpcai"), *arguments], env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
-    reader = _Reader(process, is_srun=ranks.launcher == "srun", is_elastic=ranks.elastic is not None)
-    with _forwarded(process, ranks, reader) as asked:
+    reader = _Reader(process, ranks.launcher, watch, is_elastic=ranks.elastic is not None)
+    watching = watch.over(process, ranks.launcher, reader.processes) if watch else contextlib.nullcontext()
+    with _forwarded(process, ranks, reader) as asked, watching:
         outcome = reader.outcome()
+    if watch and watch.hang:
+        # How ranks and launcher have ended since says nothing of the cause.
+        outcome = replace(outcome, exit_code=1, rank=watch.hung_rank, signal="", hang=watch.hang)
     if asked and outcome.exit_code not in (0, EXIT_STOPPED):
         raise KeyboardInterrupt
     return outcome
@@ -104,30 +119,37 @@ class _Reader:
                      "Bus error": signal.SIGBUS, "Illegal instruction": signal.SIGILL}
     _SRUN_SIGNAL = re.compile(rf"srun: error: .*: tasks? (\d+)[\d,-]*: ({'|'.join(_SRUN_SIGNALS)})")
 
-    def __init__(self, process: subprocess.Popen, *, is_srun: bool = False, is_elastic: bool = False):
-        self._process, self._is_srun, self._is_elastic = process, is_srun, is_elastic
+    def __init__(self, process: subprocess.Popen, launcher: str = "mpirun", watch: Watch | None = None, *,
+                 is_elastic: bool = False):
+        self._process, self._launcher, self._watch, self._is_elastic = process, launcher, watch, is_elastic
         # In an elastic job a rank keeps the number by which its lines are tagged when it gets another one.
         self._heard = {0}
         self._failed: tuple[int, int] | None = None
         self._named: int | None = None
-        self._reported, self._words = False, ""
+        self._reported, self._answered, self._words = False, False, ""
         self.processes: dict[int, tuple[int, str]] = {}
         """Process id and host of each rank that has said so."""
 
     def outcome(self) -> Outcome:
         """Pass everything on until the job ends."""
-        pump = self._pump_labels if self._is_srun else self._pump_tags
+        pump = {"srun": self._pump_labels, "": self._pump_plain}.get(self._launcher, self._pump_tags)
         errors = threading.Thread(target=pump, args=(self._process.stderr, "stderr"), daemon=True)
         errors.start()
         with self._process.stdout, self._process.stderr:
             pump(self._process.stdout, "stdout")
             code = self._process.wait()
             errors.join()
+        if not self._launcher and code:
+            self._failed = 0, code
         if self._failed is None or code == 0 and self._is_elastic:
-            return Outcome(code, None, self._reported, self._words)
+            return Outcome(code, None, self._reported, self._words, answered=self._answered)
         rank, status = self._failed
-        return Outcome(status if status in (1, 2, 3, 4, 5, 6, EXIT_STOPPED) else 1, rank, self._reported,
-                       f"status {status}", _crash(status))
+        return Outcome(status if status in (*range(1, 7), EXIT_STOPPED, EXIT_INTERRUPTED) else 1, rank, self._reported,
+                       f"status {status}", _crash(status), answered=self._answered)
+
+    def _pump_plain(self, stream, kind: str) -> None:
+        for line in stream:
+            self._line(0, kind, line)
 
     def _pump_labels(self, stream, kind: str) -> None:
         for line in stream:
@@ -152,20 +174,29 @@ class _Reader:
             self._line(rank, kind, text)
 
     def _line(self, rank: int, kind: str, text: str) -> None:
+        if kind == "stderr":
+            # It may come within a line of a library that writes in pieces, which goes on behind it.
+            text, beat, words = text.partition(BEAT)
+            if beat and self._watch:
+                self._watch.heard(rank, words.split())
+            if not text:
+                return
         if kind == "stderr" and text.startswith(ANNOUNCEMENT):
             words = text.split()
             if len(words) == 4 and (words[1] == str(rank) or self._is_elastic) and words[2].isdecimal():
                 self._place(int(words[1]), rank, int(words[2]), words[3])
         elif kind == "stdout" and rank in self._heard:
-            _pass_on(sys.stdout, text)
+            self._answered = True
+            self._pass_on(sys.stdout, text)
         elif kind == "stderr":
             self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
             if rank in self._heard or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
-                _pass_on(sys.stderr, text)
+                self._pass_on(sys.stderr, text)
 
     def _place(self, rank: int, tag: int, process: int, host: str) -> None:
         """Take note of where a rank is; one of an elastic job says so again when it has got another number."""
-        self.processes = {other: known for other, known in self.processes.items() if known != (process, host)}
+        for other in [each for each, known in self.processes.items() if known == (process, host)]:
+            del self.processes[other]
         self.processes[rank] = process, host
         if rank == 0:
             self._heard.add(tag)
@@ -189,7 +220,11 @@ class _Reader:
         if line.strip():
             self._words = line.strip()
         if os.environ.get(VERBOSE_VARIABLE):
-            _pass_on(sys.stderr, line)
+            self._pass_on(sys.stderr, line)
+
+    def _pass_on(self, stream, text: str) -> None:
+        with self._watch.held() if self._watch else contextlib.nullcontext():
+            _pass_on(stream, text)
 
     def _is_cause(self, failed: tuple[int, int]) -> bool:
         """Tell whether a failure is more of a cause than the one that was seen before."""
@@ -230,7 +265,7 @@ def _forwarded(process: subprocess.Popen, ranks: Ranks, reader: _Reader) -> Iter
             # It passes this one on to all, wherever they are.
             process.send_signal(signal.SIGUSR1)
         else:
-            _ask_to_stop(started)
+            rank_signals.ask_to_stop(started)
         asked.append(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -241,16 +276,3 @@ def _forwarded(process: subprocess.Popen, ranks: Ranks, reader: _Reader) -> Iter
             signal.signal(number, handler)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-
-
-def _ask_to_stop(started: dict[int, tuple[int, str]]) -> None:
-    """Send SIGTERM to the ranks of this host, or to one elsewhere: what one knows, all know at the next step."""
-    here = [process for process, host in started.values() if host == socket.gethostname()]
-    for process in here:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(process, signal.SIGTERM)
-    if not here:
-        process, host = started[min(started)]
-        words = ["ssh", "-o", "BatchMode=yes", host, f"kill -TERM {process}"]
-        threading.Thread(target=subprocess.run, args=(words,), daemon=True, kwargs={
-            "stdin": subprocess.DEVNULL, "capture_output": True}).start()

@@ -36,6 +36,7 @@ class Run:
         self.exports = self.folder / "exports"
         self.tensorboard = self.folder / "tensorboard"
         self.profile = self.folder / "profile"
+        self.stacks = self.folder / "stacks"
 
     @classmethod
     def create(cls, name: str, output: Path | None) -> "Run":

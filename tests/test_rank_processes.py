@@ -26,13 +26,13 @@ the job to be terminated. The first process to do so was:
 MPI_SIGNAL = "mpirun noticed that process rank {rank} with PID 0 on node here exited on signal {number} (Killed).\n"
 
 
-def read(stdout: str = "", stderr: str = "", code: int = 0, **how: bool) -> Outcome:
+def read(stdout: str = "", stderr: str = "", code: int = 0, launcher: str = "mpirun", **how: bool) -> Outcome:
     """Let the reader read a process that writes these texts, byte for byte, and ends with the code."""
     Path("stdout").write_text(stdout)
     Path("stderr").write_text(stderr)
     with subprocess.Popen(["sh", "-c", f"cat stdout; cat stderr >&2; exit {code}"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, errors="replace") as process:
-        return rank_processes._Reader(process, **how).outcome()
+        return rank_processes._Reader(process, launcher, **how).outcome()
 
 
 # ---- Lines ---------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_rank_zero_is_heard_and_the_others_only_where_they_fail(capsys, tag):
     shown = capsys.readouterr()
     assert shown.out == '{"metrics": 1}\n\n'
     assert shown.err == "epoch 1/3\n[rank 1] error: it broke\n"
-    assert outcome == Outcome(0, None, reported=True, launcher_words="")
+    assert outcome == Outcome(0, None, reported=True, launcher_words="", answered=True)
 
 
 def test_a_line_that_comes_in_pieces_is_put_together(capsys):
@@ -118,10 +118,10 @@ def test_a_rank_that_says_what_the_launcher_would_is_not_believed():
 
 def test_lines_of_srun_are_told_apart(capsys):
     outcome = read('0: {"metrics": 1}\n1: no\n', " 0: epoch 1/3\n 1: noise\n 1: [rank 1] error: it broke\n"
-                   "srun: error: node1: task 1: Exited with exit code 3\n", code=3, is_srun=True)
+                   "srun: error: node1: task 1: Exited with exit code 3\n", code=3, launcher="srun")
     shown = capsys.readouterr()
     assert shown.out == '{"metrics": 1}\n' and shown.err == "epoch 1/3\n[rank 1] error: it broke\n"
-    assert outcome == Outcome(3, 1, reported=True, launcher_words="status 3")
+    assert outcome == Outcome(3, 1, reported=True, launcher_words="status 3", answered=True)
 
 
 @pytest.mark.parametrize(("words", "outcome"), [
@@ -133,7 +133,7 @@ def test_lines_of_srun_are_told_apart(capsys):
         9, None, launcher_words="srun: error: Unable to create step for job 7: More processors requested than "
                                 "permitted"))])
 def test_srun_tells_the_task_that_failed_first(words, outcome):
-    assert read("", words, code=9, is_srun=True) == outcome
+    assert read("", words, code=9, launcher="srun") == outcome
 
 
 def test_a_rank_that_crashed_is_the_cause_also_where_another_was_seen_to_end_before():
@@ -171,13 +171,14 @@ def test_a_rank_that_becomes_rank_zero_is_heard_from_then_on(capsys):
 
 # ---- Where the ranks are -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("tag", "is_srun"), [("[1]<stderr>:", False), ("[1,1]<stderr>:", False), ("1: ", True)])
-def test_ranks_say_where_they_are_and_nobody_sees_it(capsys, tag, is_srun):
+@pytest.mark.parametrize(("tag", "launcher"), [("[1]<stderr>:", "horovodrun"), ("[1,1]<stderr>:", "mpirun"),
+                                               ("1: ", "srun")])
+def test_ranks_say_where_they_are_and_nobody_sees_it(capsys, tag, launcher):
     words = f"{tag}{launch.ANNOUNCEMENT} 1 4711 b\n{tag}{launch.ANNOUNCEMENT} 0 4712 b\n{tag}{launch.ANNOUNCEMENT} x\n"
     Path("words").write_text(words)
     with subprocess.Popen(["sh", "-c", "cat words >&2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
-        reader = rank_processes._Reader(process, is_srun=is_srun)
+        reader = rank_processes._Reader(process, launcher)
         reader.outcome()
     assert reader.processes == {1: (4711, "b")}, "a rank speaks for itself alone"
     assert capsys.readouterr() == ("", "")

@@ -195,10 +195,10 @@ def test_the_first_failing_rank_is_named(folder):
 
 @needs_horovod
 @pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
-def test_a_rank_that_is_killed_fails_the_job(folder, launcher):
+def test_a_rank_that_is_killed_fails_a_job_without_restarts(folder, launcher):
     events = folder / "killed" / "events.jsonl"
     with started(HPCAI, "train", "./tiny.py", "--np", "2", "--launcher", launcher, "--epochs", "100000", "--output",
-                 "killed") as job:
+                 "killed", "--max-restarts", "0") as job:
         wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job)
         os.kill(process_of_rank(1, str(folder)), signal.SIGKILL)
         _, errors = job.communicate(timeout=90)

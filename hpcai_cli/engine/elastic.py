@@ -18,6 +18,7 @@ from hpcai_cli.engine.learning_rates import ChangingRates
 from hpcai_cli.engine.step import Wishes
 from hpcai_cli.engine.timed_ranks import LagWatch
 from hpcai_cli.errors import HpcaiError, MissingError
+from hpcai_cli.pulse import Pulse
 
 COMMIT_SHARE = 0.01
 """Of the time, at most so much goes into commits."""
@@ -63,8 +64,8 @@ class Crew:
         news: what has happened since the last meeting, for people; empty at the beginning.
     """
 
-    def __init__(self, ranks: Horovod):
-        self.ranks, self.started = ranks, time.monotonic()
+    def __init__(self, ranks: Horovod, pulse: Pulse):
+        self.ranks, self.started, self._pulse = ranks, time.monotonic(), pulse
         self.job: Any = None
         self.built: Built | None = None
         self.holder: int | None = None
@@ -156,7 +157,9 @@ class Crew:
         started, size = time.monotonic(), self.ranks.size
         # Before the meeting: what comes in meanwhile may be later than what it knows.
         self._can_grow = False
-        self._rejoin()
+        # One that comes has to start first.
+        with self._pulse.slow():
+            self._rejoin()
         launch.announce()
         committed = self._position["step"] if self._position else 0
         self.news = {"reason": "more ranks" if isinstance(error, RanksChanged) else "lost a rank",

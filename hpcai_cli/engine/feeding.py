@@ -48,6 +48,7 @@ def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterator[Block],
         sums = steps(tf.constant(block.inputs), tf.constant(block.labels), whole[1], seed,
                      tf.constant(len(block.examples)))
         meter.add(sums, block.examples)
+        job.pulse.mark(at.step)
         is_due = after_block()
         if meter.stop_asked or meter.save_asked or meter.commit_asked or is_due:
             break

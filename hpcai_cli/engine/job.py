@@ -21,6 +21,7 @@ from hpcai_cli.engine import checkpoint, continuation, rank_groups
 from hpcai_cli.engine.power_file import PowerFile
 from hpcai_cli.engine.store import Dataset, check_fits
 from hpcai_cli.errors import EXIT_STOPPED, DataError, HpcaiError, UsageError, is_aftermath
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run, write_json
 from hpcai_cli.signals import StopRequest
@@ -91,7 +92,7 @@ def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
     return made, file
 
 
-def run_here(request: Request, stop: StopRequest) -> dict:
+def run_here(request: Request, stop: StopRequest, pulse: Pulse) -> dict:
     """Train in this process, one of several or alone, and return the result.
 
     Raises:
@@ -101,17 +102,18 @@ def run_here(request: Request, stop: StopRequest) -> dict:
     with console.quiet():
         from hpcai_cli.engine import autotune, distributed, elastic, hardware, profiled_ranks
 
+        pulse.begin()
         autotune_log = autotune.begin()
         groups = rank_groups.groups(request.tensor_parallel)
         ranks = profiled_ranks.join() if request.profile else distributed.start(groups)
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
-    crew, limit = elastic.Crew(ranks) if ranks.is_elastic else None, TimeLimit(request.max_time)
+    crew, limit = elastic.Crew(ranks, pulse) if ranks.is_elastic else None, TimeLimit(request.max_time)
     with contextlib.ExitStack() as until_end:
         return elastic.until_done(crew, lambda: _train(
-            request, stop, ranks, crew, threads, limit, autotune_log, until_end))
+            request, stop, pulse, ranks, crew, threads, limit, autotune_log, until_end))
 
 
-def _train(request: Request, stop: StopRequest, ranks, crew, threads: int, limit: TimeLimit,
+def _train(request: Request, stop: StopRequest, pulse: Pulse, ranks, crew, threads: int, limit: TimeLimit,
            autotune_log: Path | None, until_end: contextlib.ExitStack) -> dict:
     """Train with the ranks that there are, and leave what is to be ended afterwards to `until_end`."""
     from hpcai_cli.engine import autotune, distributed, elastic, energy, hardware, profiling, replicas, training
@@ -131,24 +133,28 @@ def _train(request: Request, stop: StopRequest, ranks, crew, threads: int, limit
     folder, file, resume = distributed.on_rank_zero(ranks, lambda: _described(
         request, facts, ranks.size, until_end, crew))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
+    # A rank of an elastic job comes here again when the ranks meet again.
+    begins = crew is None or crew.job is None
+    if begins:
+        pulse.attend(run)
     if ranks.rank == 0 and not (crew and crew.leads):
         until_end.enter_context(limit.watching(stop))
     if crew:
         crew.leads = ranks.rank == 0
-    if not (crew and crew.job):
+    if begins:
         console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} "
                      f"with {_plural(threads, 'thread', 'threads')}, {policy}: {facts['precision_reason']}")
     request = dataclasses.replace(request, recipe=fitted(request.recipe, dataset))
     try:
         augment, final_augment = (function and partial(function, recipe=request.recipe)
                                   for function in (request.augment, request.final_augment))
-        job = crew and crew.job or training.Job(
+        job = crew.job if not begins else training.Job(
             request.recipe, run, dataset, ranks, request.build_model, augment, request.adapt, stop,
             request.tensorboard, final_augment, describe=lambda: _describe(run, request, dataset, facts),
             profiler=request.profile and profiling.Profiler(
                 request.profile, run.profile, ranks, request.recipe, threads),
             energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
-            autotune_log=autotune_log, cadence=request.cadence, limit=limit, crew=crew)
+            autotune_log=autotune_log, cadence=request.cadence, limit=limit, pulse=pulse, crew=crew)
         job.replicas = replicas.Replicas(ranks, request.tensor_parallel)
         if crew:
             crew.job = job

@@ -12,6 +12,7 @@ from hpcai_cli.engine.checkpoint_writer import Writer
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
 from hpcai_cli.engine.replicas import Replicas
 from hpcai_cli.engine.step import Wishes
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.run import Run
 from hpcai_cli.time_limit import TimeLimit
 
@@ -29,11 +30,11 @@ class Keeper:
 
     def __init__(self, run: Run, cadence: Cadence, ranks: Serial | Horovod, replicas: Replicas, wishes: Wishes,
                  limit: TimeLimit, *, at: Position, fingerprint: str, model: keras.Model,
-                 optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable], is_kept: bool,
+                 optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable], is_kept: bool, pulse: Pulse,
                  before: "Keeper | None" = None):
         self._run, self._cadence, self._ranks, self._replicas = run, cadence, ranks, replicas
         self._wishes, self._limit, self._at, self._fingerprint = wishes, limit, at, fingerprint
-        self._model, self._optimizer, self._weights = model, optimizer, weights
+        self._model, self._optimizer, self._weights, self._pulse = model, optimizer, weights, pulse
         self._kept = self._place() if is_kept else None
         self._kept_step, self._kept_time = at.step, time.monotonic()
         self._looked, self._looked_step = time.monotonic(), at.step
@@ -64,6 +65,8 @@ class Keeper:
         self._wishes.save.assign(0.0)
         if self._kept == self._place():
             return
+        # All ranks wait for a disk that is slower than that, and know that they do.
+        self.finish()
         self._replicas.prove(self._weights, when=f"at the checkpoint of step {self._at.step}")
         arrays = self._replicas.arrays(self._model, self._optimizer)
         self._kept, self._kept_step, self._kept_time = self._place(), self._at.step, time.monotonic()
@@ -85,7 +88,8 @@ class Keeper:
 
     def finish(self) -> str:
         """Wait until all is on the disk; return why the last checkpoint is not, alike on every rank."""
-        return on_rank_zero(self._ranks, lambda: str(self._writer.finish() or ""))
+        with self._pulse.slow():
+            return on_rank_zero(self._ranks, lambda: str(self._writer.finish() or ""))
 
     @property
     def is_resumable(self) -> bool:
@@ -95,8 +99,9 @@ class Keeper:
     def restore_best(self) -> None:
         """Give the model the weights of the best epoch."""
         step = self._at.best["step"]
-        on_rank_zero(self._ranks, lambda: self._replicas.restore(self._writer.arrays_of_best(step), self._model))
-        self._replicas.broadcast(self._model)
+        with self._pulse.slow():
+            on_rank_zero(self._ranks, lambda: self._replicas.restore(self._writer.arrays_of_best(step), self._model))
+            self._replicas.broadcast(self._model)
 
     def _place(self) -> tuple[int, int, int]:
         return self._at.step, self._at.epoch, self._at.cursor

@@ -98,7 +98,7 @@ def train(job: Job, *, resume: bool) -> dict:
            cursor=at.cursor, world_size=ranks.size, **(crew.news if is_recalled else {}))
     keeper = Keeper(run, job.cadence, ranks, replicas, job.wishes, job.limit, at=at, model=model, optimizer=optimizer,
                     fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume and not is_recalled,
-                    before=built.keeper)
+                    pulse=job.pulse, before=built.keeper)
     built.keeper = keeper
     job.wishes.begin()
     job.stop.tell(lambda: job.wishes.stop.assign(1.0))
@@ -225,7 +225,8 @@ def _scores(job: Job, run_forward: Callable, split: Split) -> np.ndarray:
     # Ranks that share a model compute together, and none can leave out its part.
     stop = evaluation.Stop(is_agreed=lambda: _anyone_stopped(job),
                            is_asked=lambda: job.replicas.parts == 1 and bool(job.stop.received))
-    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns, stop=stop)
+    return evaluation.scores_of(run_forward, split, job.replicas, columns=task_of(job.recipe).columns, stop=stop,
+                                on_batch=lambda _: job.pulse.mark())
 
 
 def _prove_finite(job: Job, model: keras.Model, at: Position) -> None:
@@ -359,7 +360,8 @@ def _finish(job: Job, at: Position, model, *, seconds: float, samples: int) -> d
         job.run.failure_file.unlink(missing_ok=True)
         _event(job, "finished", **metrics)
 
-    on_rank_zero(job.ranks, write)
+    with job.pulse.slow():
+        on_rank_zero(job.ranks, write)
     return result
 
 

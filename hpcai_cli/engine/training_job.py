@@ -16,6 +16,7 @@ from hpcai_cli.engine.profiling import Profiler
 from hpcai_cli.engine.replicas import Replicas
 from hpcai_cli.engine.step import Wishes
 from hpcai_cli.engine.store import Dataset
+from hpcai_cli.pulse import Pulse
 from hpcai_cli.recipe import Recipe
 from hpcai_cli.run import Run
 from hpcai_cli.signals import StopRequest
@@ -55,6 +56,8 @@ class Job:
     """Where Horovod writes what it tries, on rank 0."""
     replicas: Replicas | None = None
     """The copies of the model among the ranks; one on each by default."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Is told that the work goes on."""
     cadence: Cadence = Cadence()
     limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     wishes: Wishes = field(default_factory=Wishes)
