@@ -27,6 +27,7 @@ def train(
     data: options.Data = None,
     np: options.Processes = None,
     where: options.Where = options.HERE,
+    survival: options.Survival = options.MORTAL,
     output: Annotated[Path | None, typer.Option(metavar="RUN", help="The run's folder; runs/RECIPE-N by "
                                                 "default.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue a run from its newest "
@@ -80,6 +81,8 @@ def train(
         $ hpcai train mnist --np 2 --prove
         $ hpcai train mnist --np 2 --autotune
         $ hpcai train mnist --data data/mnist.h5 --hosts a:4,b:4
+        $ hpcai train mnist --elastic --np 4
+        $ hpcai train mnist --elastic --min-np 2 --max-np 16 --discovery ./hosts.sh
         $ hpcai train mnist --np 2 --heartbeat 60 --max-restarts 10
         $ horovodrun -np 2 hpcai train mnist --data data/mnist.h5
 
@@ -101,7 +104,10 @@ def train(
     if tensorboard and launch.missing_package("tensorboard"):
         raise MissingError("--tensorboard needs a package that is not installed",
                            mend="run `pip install 'hpcai[tensorboard]'`", received="tensorboard")
-    ranks = _supervised(where.ranks(np), supervision)
+    ranks = _supervised(survival.ranks(np, where), supervision)
+    if ranks and ranks.elastic or launch.is_elastic():
+        _check_elastic({"--autotune": fusion.autotune, "--tensor-parallel": tensor_parallel > 1, "--profile": profile,
+                        "--prove": prove, "--energy": energy, "--power-file": power_file}, chosen)
     if fusion != options.UNFUSED and not (ranks and ranks.launcher) and launch.place().size == 1:
         raise UsageError("a single process sends no gradients", expected="--fusion-mb, --cycle-ms and --autotune with "
                          "--np N, --hosts or a launcher")
@@ -133,6 +139,16 @@ def train(
                   f"{result['world_size']}", ("metric", "value"), list(result["metrics"].items()))
     _show_measured(result)
     console.result(f"next: hpcai evaluate {result['run']}")
+
+
+def _check_elastic(given: dict[str, object], recipe: Recipe) -> None:
+    """Refuse what needs the same processes from the first step to the last."""
+    if named := [option for option, value in given.items() if value]:
+        raise UsageError(f"{named[0]} needs the same processes from the first step to the last",
+                         expected="it or --elastic, and not both")
+    if recipe.gradient_reduction == "adasum":
+        raise UsageError("Adasum combines the gradients of a power of two of processes", received="adasum",
+                         expected="--set gradient_reduction=average with --elastic")
 
 
 def _prove(ranks: Ranks | None, request, assignments: dict[str, str], json: bool) -> None:

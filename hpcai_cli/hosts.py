@@ -31,8 +31,11 @@ class Host:
         return f"{self.name}:{self.slots}"
 
 
-def parse(text: str) -> tuple[Host, ...]:
+def parse(text: str, *, where: str = "--hosts") -> tuple[Host, ...]:
     """Read hosts such as `a:4,b:4`; a host without a number takes one rank.
+
+    Args:
+        where: what has said so.
 
     Raises:
         UsageError: it says something else.
@@ -41,7 +44,7 @@ def parse(text: str) -> tuple[Host, ...]:
     for word in text.split(","):
         name, colon, slots = word.strip().partition(":")
         if not _NAME.fullmatch(name) or colon and not re.fullmatch(r"[1-9]\d{0,4}", slots, re.ASCII):
-            raise UsageError("cannot read --hosts", expected="names with numbers of ranks such as a:4,b:4",
+            raise UsageError(f"cannot read {where}", expected="names with numbers of ranks such as a:4,b:4",
                              mend="a port, a user or a key belongs into ~/.ssh/config", received=word)
         found.append(Host(name, int(slots or 1)))
     return _joined(found)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcai_cli import hosts
+from hpcai_cli import elastic, hosts
 from hpcai_cli.errors import MissingError, UsageError
 
 TERMINAL_VARIABLE = "HPCAI_TERMINAL"
@@ -52,7 +52,8 @@ _VARIABLES = (
     ("mpirun of MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
      "MV2_COMM_WORLD_LOCAL_SIZE", ""),
 )
-VARIABLES = tuple(name for _, *names in _VARIABLES for name in names if name) + ("PMIX_RANK", "SLURM_NODEID")
+VARIABLES = tuple(name for _, *names in _VARIABLES for name in names if name) + (
+    "PMIX_RANK", "SLURM_NODEID", "HOROVOD_HOSTNAME", elastic.NAMES_VARIABLE)
 """All that `place` reads."""
 
 
@@ -66,6 +67,9 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
                 each = hosts.per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
                 node = _first_number(environ.get("SLURM_NODEID", "")) or 0
                 local_size = each[node] if node < len(each) else local_size
+            if found := elastic.local_place(environ):
+                # To horovodrun each rank is alone on a host of its own.
+                local_rank, local_size, count = *found, 1
             here = local_size or size
             return Place(rank, size, local_rank or 0, here, count or -(-size // here), launcher)
     rank = _first_number(environ.get("PMIX_RANK", ""))
@@ -85,6 +89,11 @@ def without_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     if place(environ).launcher:
         foreign += ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "MPI_LOCAL", "MV2_COMM_")
     return {name: value for name, value in environ.items() if not name.startswith(foreign)}
+
+
+def is_elastic(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process is a rank of a job that goes on without those that are lost."""
+    return environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def leave() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcai_cli import hosts, launch
+from hpcai_cli.elastic import Elastic
 from hpcai_cli.errors import MissingError, UsageError
 from hpcai_cli.hosts import Host
 
@@ -37,6 +38,8 @@ class Ranks:
     """The network interface that they talk over; empty for the one that leads to the hosts."""
     options: tuple[str, ...] = ()
     """Words for the launcher itself."""
+    elastic: Elastic | None = None
+    """How the job goes on without ranks that are lost; horovodrun alone knows how."""
 
     def words(self) -> list[str]:
         """Return the command line that starts them, behind which the command is to be written."""
@@ -49,6 +52,8 @@ class Ranks:
         found = {launch.STARTED_VARIABLE: "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         if self.interface:
             found |= {"HOROVOD_GLOO_IFACE": self.interface, "NCCL_SOCKET_IFNAME": self.interface}
+        if self.elastic:
+            found |= self.elastic.environment(self.np, self.hosts)
         return found
 
     @functools.cached_property
@@ -95,8 +100,12 @@ class Ranks:
 
     def _horovodrun(self) -> list[object]:
         found = [launch.beside("horovodrun"), "-np", self.np, "--gloo", "--disable-cache"]
+        if self.elastic:
+            found += self.elastic.words(self.np, self.hosts)
+        elif self.hosts:
+            found += ["-H", ",".join(map(str, self.hosts))]
         if self.hosts:
-            found += ["-H", ",".join(map(str, self.hosts)), "--start-timeout", START_SECONDS]
+            found += ["--start-timeout", START_SECONDS]
         return [*found, "--network-interfaces", self.way[0]] if self.way[0] else found
 
     def _srun(self) -> list[object]:

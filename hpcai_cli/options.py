@@ -1,5 +1,6 @@
 """Options that several commands share, so that they read and work alike."""
 
+import dataclasses
 import inspect
 import os
 import shlex
@@ -10,16 +11,16 @@ from typing import Annotated
 
 import typer
 
+from hpcai_cli import elastic as elastic_jobs
 from hpcai_cli import hosts as host_lists
-from hpcai_cli import launchers
+from hpcai_cli import launch, launchers
 from hpcai_cli.errors import UsageError
-from hpcai_cli.launch import VERBOSE_VARIABLE
 
 
 def _set_verbose(value: bool) -> None:
     if value:
         # In the environment, so that the ranks that this process starts are verbose too.
-        os.environ[VERBOSE_VARIABLE] = "1"
+        os.environ[launch.VERBOSE_VARIABLE] = "1"
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
 
 
@@ -68,11 +69,19 @@ class Where:
             raise UsageError("--hosts and --hostfile both name hosts", expected="one of them")
         named = host_lists.read_file(self.hostfile) if self.hostfile is not None else (
             host_lists.parse(self.hosts) if self.hosts is not None else ())
+        return launchers.chosen(np, named=named, launcher=self.launcher, interface=self.interface,
+                                options=self.further_words())
+
+    def further_words(self) -> tuple[str, ...]:
+        """Return the words for the launcher itself.
+
+        Raises:
+            UsageError: they cannot be read.
+        """
         try:
-            further = tuple(shlex.split(self.launcher_options))
+            return tuple(shlex.split(self.launcher_options))
         except ValueError as error:
             raise UsageError(f"cannot read --launcher-options: {error}", received=self.launcher_options) from None
-        return launchers.chosen(np, named=named, launcher=self.launcher, interface=self.interface, options=further)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,64 @@ class Fusion:
 
 
 @dataclass(frozen=True)
+class Survival:
+    """How a job goes on without processes that are lost, and with those that come back."""
+
+    elastic: Annotated[bool, typer.Option("--elastic", help="Go on without processes that are lost, and with those "
+                                          "that come back.")] = False
+    min_np: Annotated[int | None, typer.Option("--min-np", min=1, metavar="N", help="The fewest to go on with; 1 by "
+                                               "default.", show_default=False)] = None
+    max_np: Annotated[int | None, typer.Option("--max-np", min=1, metavar="N", help="The most; as many as there are "
+                                               "places by default.", show_default=False)] = None
+    discovery: Annotated[Path | None, typer.Option(metavar="PROGRAM", help="Prints the hosts that can be had now, a "
+                                                   "line such as `a:4` for each; it is asked each second.")] = None
+    elastic_timeout: Annotated[int | None, typer.Option(min=1, metavar="SECONDS", help="How long to wait for --min-np "
+                                                        f"processes; {elastic_jobs.TIMEOUT} by default.",
+                                                        show_default=False)] = None
+
+    def ranks(self, np: int | None, where: Where) -> launchers.Ranks | None:
+        """Return the processes that are wanted; None when this one alone does the work.
+
+        Raises:
+            HpcaiError: what `launchers.chosen` raises, or what was asked for contradicts itself.
+        """
+        if not self.elastic:
+            given = {"--min-np": self.min_np, "--max-np": self.max_np, "--discovery": self.discovery,
+                     "--elastic-timeout": self.elastic_timeout}
+            if named := words(given):
+                raise UsageError(f"{named[0]} says how an elastic job goes on", expected="--elastic with it")
+            return where.ranks(np)
+        if where.launcher not in ("auto", "horovodrun"):
+            raise UsageError("--elastic jobs are started by horovodrun", expected="no other --launcher",
+                             received=where.launcher)
+        least = self.min_np or 1
+        how = elastic_jobs.Elastic(least, self.max_np, self.discovery, self.elastic_timeout or elastic_jobs.TIMEOUT)
+        if self.discovery:
+            if where.hosts is not None or where.hostfile is not None:
+                raise UsageError("--discovery names the hosts", expected="no --hosts or --hostfile with it")
+            count, found = np or least, elastic_jobs.discovered(self.discovery)
+            launch.require_horovod(count)
+            is_here = all(host_lists.is_here(host.name) for host in found)
+            if is_here and not where.interface:
+                raise UsageError("--discovery names no other host just now, so that nothing shows the way to them",
+                                 expected="--interface NAME, such as eth0, or lo where there will be none")
+            ranks = launchers.Ranks(count, "horovodrun", () if is_here else found, where.interface,
+                                    where.further_words())
+        elif where.hosts is not None or where.hostfile is not None or (np or self.max_np or 1) > 1:
+            ranks = dataclasses.replace(where, launcher="horovodrun").ranks(np or self.max_np)
+        else:
+            ranks = None
+        if ranks is None or not self.discovery and (ranks.np if not ranks.hosts else len(ranks.hosts)) < 2:
+            raise UsageError("a host that has lost a process is left out for a while, and an elastic job goes on with "
+                             "another", expected="--np N of at least 2, or two --hosts", received=np)
+        if not least <= ranks.np <= (self.max_np or ranks.np):
+            raise UsageError("an elastic job begins with --np processes", received=ranks.np,
+                             expected=f"a number from {least} to {self.max_np or 'more'}",
+                             mend="change --np, --min-np or --max-np")
+        return dataclasses.replace(ranks, elastic=how)
+
+
+@dataclass(frozen=True)
 class Supervision:
     """What is done about processes that die or hang."""
 
@@ -123,6 +190,8 @@ UNFUSED = Fusion()
 """Horovod's own settings."""
 HERE = Where()
 """Nothing of it was given."""
+MORTAL = Survival()
+"""A process that is lost ends the job."""
 
 
 def flattened(function: Callable) -> Callable:

@@ -93,7 +93,7 @@ def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()
         [*ranks.words(), beside("hpcai"), *arguments], env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
         preexec_fn=last_will.ended_by_ours())
-    reader = _Reader(process, ranks.launcher, watch)
+    reader = _Reader(process, ranks.launcher, watch, is_elastic=ranks.elastic is not None)
     watching = watch.over(process, ranks.launcher, reader.processes) if watch else contextlib.nullcontext()
     with _forwarded(process, ranks, reader) as asked, watching:
         outcome = reader.outcome()
@@ -121,8 +121,11 @@ class _Reader:
                      "Bus error": signal.SIGBUS, "Illegal instruction": signal.SIGILL}
     _SRUN_SIGNAL = re.compile(rf"srun: error: .*: tasks? (\d+)[\d,-]*: ({'|'.join(_SRUN_SIGNALS)})")
 
-    def __init__(self, process: subprocess.Popen, launcher: str = "mpirun", watch: Watch | None = None):
-        self._process, self._launcher, self._watch = process, launcher, watch
+    def __init__(self, process: subprocess.Popen, launcher: str = "mpirun", watch: Watch | None = None, *,
+                 is_elastic: bool = False):
+        self._process, self._launcher, self._watch, self._is_elastic = process, launcher, watch, is_elastic
+        # In an elastic job a rank keeps the number by which its lines are tagged when it gets another one.
+        self._heard = {0}
         self._failed: tuple[int, int] | None = None
         self._named: int | None = None
         self._reported, self._answered, self._words = False, False, ""
@@ -140,7 +143,7 @@ class _Reader:
             errors.join()
         if not self._launcher and code:
             self._failed = 0, code
-        if self._failed is None:
+        if self._failed is None or code == 0 and self._is_elastic:
             return Outcome(code, None, self._reported, self._words, answered=self._answered)
         rank, status = self._failed
         return Outcome(status if status in (*range(1, 7), EXIT_STOPPED, EXIT_INTERRUPTED) else 1, rank, self._reported,
@@ -182,15 +185,23 @@ class _Reader:
                 return
         if kind == "stderr" and text.startswith(ANNOUNCEMENT):
             words = text.split()
-            if len(words) == 4 and words[1] == str(rank) and words[2].isdecimal():
-                self.processes[rank] = int(words[2]), words[3]
-        elif kind == "stdout" and rank == 0:
+            if len(words) == 4 and (words[1] == str(rank) or self._is_elastic) and words[2].isdecimal():
+                self._place(int(words[1]), rank, int(words[2]), words[3])
+        elif kind == "stdout" and rank in self._heard:
             self._answered = True
             self._pass_on(sys.stdout, text)
         elif kind == "stderr":
             self._reported = self._reported or text.startswith(("error:", f"[rank {rank}]"))
-            if rank == 0 or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
+            if rank in self._heard or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
                 self._pass_on(sys.stderr, text)
+
+    def _place(self, rank: int, tag: int, process: int, host: str) -> None:
+        """Take note of where a rank is; one of an elastic job says so again when it has got another number."""
+        for other in [each for each, known in self.processes.items() if known == (process, host)]:
+            del self.processes[other]
+        self.processes[rank] = process, host
+        if rank == 0:
+            self._heard.add(tag)
 
     def _own(self, line: str) -> None:
         if match := self._MPI_NAME.match(line):
@@ -206,8 +217,7 @@ class _Reader:
             failed = int(match[1]), int(match[2])
         elif match := self._SRUN_SIGNAL.match(line):
             failed = int(match[1]), -self._SRUN_SIGNALS[match[2]]
-        # A rank that crashed is the cause, also where one that it left behind was seen to end before.
-        if failed and (self._failed is None or _crash(failed[1]) and not _crash(self._failed[1])):
+        if failed and self._is_cause(failed):
             self._failed = failed
         if line.strip():
             self._words = line.strip()
@@ -217,6 +227,15 @@ class _Reader:
     def _pass_on(self, stream, text: str) -> None:
         with self._watch.held() if self._watch else contextlib.nullcontext():
             _pass_on(stream, text)
+
+    def _is_cause(self, failed: tuple[int, int]) -> bool:
+        """Tell whether a failure is more of a cause than the one that was seen before."""
+        if self._failed is None:
+            return True
+        has_crashed, had_crashed = bool(_crash(failed[1])), bool(_crash(self._failed[1]))
+        # A rank that crashed is the cause, also where one that it left behind was seen to end before. In an elastic job
+        # the others go on without it, and what one of them fails of is the cause.
+        return had_crashed and not has_crashed if self._is_elastic else has_crashed and not had_crashed
 
 
 def _crash(status: int) -> str:

@@ -63,7 +63,8 @@ def supervise(ranks: Ranks, arguments: Callable[[str], list[str]], run: Run, fil
     """
     before, restarts = None, 0
     while True:
-        watch = Watch(ranks.np, heartbeat, run.stacks)
+        # The ranks of an elastic job come and go.
+        watch = Watch(ranks.np, 0.0 if ranks.elastic else heartbeat, run.stacks)
         try:
             outcome = rank_processes.run_ranks(ranks, arguments("--resume" if resumes else "--output"), files, watch)
         except KeyboardInterrupt:

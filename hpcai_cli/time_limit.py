@@ -53,6 +53,15 @@ class TimeLimit:
             done.set()
             thread.join()
 
+    def left(self) -> dict[str, float]:
+        """Return how many seconds are left of each limit."""
+        return {name: end - time.monotonic() for name, end in self._ends.items()}
+
+    def take(self, left: dict[str, float]) -> None:
+        """Take over what is left for a job that began before this process."""
+        for name, seconds in left.items():
+            self._set(name, seconds)
+
     def _set(self, name: str, seconds: float) -> None:
         self._ends[name] = time.monotonic() + seconds
         self._lengths.setdefault(name, seconds)

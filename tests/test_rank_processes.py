@@ -26,13 +26,13 @@ the job to be terminated. The first process to do so was:
 MPI_SIGNAL = "mpirun noticed that process rank {rank} with PID 0 on node here exited on signal {number} (Killed).\n"
 
 
-def read(stdout: str = "", stderr: str = "", code: int = 0, launcher: str = "mpirun") -> Outcome:
+def read(stdout: str = "", stderr: str = "", code: int = 0, launcher: str = "mpirun", **how: bool) -> Outcome:
     """Let the reader read a process that writes these texts, byte for byte, and ends with the code."""
     Path("stdout").write_text(stdout)
     Path("stderr").write_text(stderr)
     with subprocess.Popen(["sh", "-c", f"cat stdout; cat stderr >&2; exit {code}"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, errors="replace") as process:
-        return rank_processes._Reader(process, launcher).outcome()
+        return rank_processes._Reader(process, launcher, **how).outcome()
 
 
 # ---- Lines ---------------------------------------------------------------------------------------------------------
@@ -139,6 +139,34 @@ def test_srun_tells_the_task_that_failed_first(words, outcome):
 def test_a_rank_that_crashed_is_the_cause_also_where_another_was_seen_to_end_before():
     words = "Process 0 exit with status code 1.\nProcess 1 exit with status code 137.\n"
     assert read("", words, code=1) == Outcome(1, 1, launcher_words="status 137", signal="SIGKILL")
+
+
+# ---- Elastic jobs --------------------------------------------------------------------------------------------------
+
+def test_an_elastic_job_ends_as_horovodrun_does():
+    outcome = read("", "Process 1 exit with status code 137.\n", code=0, is_elastic=True)
+    assert (outcome.exit_code, outcome.rank, outcome.signal) == (0, None, "")
+
+
+@pytest.mark.parametrize("words", [
+    "Process 1 exit with status code 137.\nProcess 1 exit with status code 2.\nProcess 0 exit with status code 1.\n",
+    "Process 1 exit with status code 2.\nProcess 0 exit with status code 1.\nProcess 0 exit with status code 137.\n"])
+def test_a_rank_of_an_elastic_job_that_was_lost_is_no_cause_where_another_fails(words):
+    assert read("", words, code=1, is_elastic=True) == Outcome(2, 1, launcher_words="status 2")
+
+
+def test_an_elastic_job_that_loses_all_ranks_was_ended_by_what_ended_the_first():
+    words = "Process 1 exit with status code 137.\nProcess 0 exit with status code 139.\n"
+    assert read("", words, code=1, is_elastic=True) == Outcome(1, 1, launcher_words="status 137", signal="SIGKILL")
+
+
+def test_a_rank_that_becomes_rank_zero_is_heard_from_then_on(capsys):
+    """Its lines go on to be tagged by the number that it had when it was started."""
+    one, zero = "[1]<stderr>:", "[0]<stderr>:"
+    read("[0]<stdout>:first\n", f"{one}noise\n{zero}{launch.ANNOUNCEMENT} 0 4711 a\n"
+         f"{one}{launch.ANNOUNCEMENT} 1 4712 a\n{one}noise\n{one}{launch.ANNOUNCEMENT} 0 4712 a\n{one}heard\n",
+         is_elastic=True)
+    assert capsys.readouterr() == ("first\n", "heard\n")
 
 
 # ---- Where the ranks are -------------------------------------------------------------------------------------------

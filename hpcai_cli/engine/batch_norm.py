@@ -20,7 +20,7 @@ def synchronize(model: keras.Model, ranks: Serial | Horovod) -> None:
 
     Keras has this for `tf.distribute` alone. Every rank has as many examples in a batch.
     """
-    if ranks.size == 1:
+    if ranks.size == 1 and not ranks.is_elastic:
         return
     for number, layer in enumerate(layers_of(model)):
         # On the layer and not in a class of its own, which nobody who loads the model would have.

@@ -130,7 +130,12 @@ def at_step(folder: Path, step: int) -> State:
     Raises:
         DataError: it is missing or does not verify.
     """
-    return read(folder / f"step-{step:08d}")
+    return read(path_of(folder, step))
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:08d}"
 
 
 def read(path: Path) -> State:

@@ -1,5 +1,6 @@
 """The ranks of a job: the only module that imports horovod, and a serial twin with the same interface."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -21,6 +22,11 @@ class Serial:
     rank, size, local_rank, local_size = 0, 1, 0, 1
     parts = 1
     operations = None
+    is_elastic = False
+
+    def size_in_step(self) -> int:
+        """Return the number of ranks, for a step that is being compiled."""
+        return 1
 
     def reduce(self, gradients, averages, sums, *, half: bool = False, adasum: bool = False):
         """Return the mean over the ranks of the gradients and of `averages`, and the sum of the vector `sums`."""
@@ -29,8 +35,8 @@ class Serial:
     def broadcast(self, variables) -> None:
         """Give every rank the values of rank 0."""
 
-    def broadcast_json(self, value):
-        """Return rank 0's value, anything that JSON can say."""
+    def broadcast_json(self, value, root: int = 0):
+        """Return that rank's value, anything that JSON can say."""
         return value
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
@@ -59,6 +65,7 @@ class Horovod:
     Attributes:
         operations: these bare operations, `horovod.tensorflow`, for what measures them or needs them in a group.
         parts: ranks that share a model, as of `replicas.Replicas`, which can take the place of ranks.
+        is_elastic: whether rank and size change when the ranks meet again.
     """
 
     parts = 1
@@ -67,6 +74,7 @@ class Horovod:
         import horovod.tensorflow as hvd
 
         self._hvd = self.operations = hvd
+        self.is_elastic = launch.is_elastic()
         if os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "mpi":
             # A rank that waits in MPI spins, on the very core that computes what the others wait for; yielding leaves
             # it to them. Looking for work then costs next to nothing, so that it may be done twice as often as by
@@ -78,8 +86,46 @@ class Horovod:
         # Sets that are added later would cost all operations a round of questions (HOROVOD_DYNAMIC_PROCESS_SETS).
         self._process_sets = {tuple(group): hvd.ProcessSet(list(group)) for group in groups}
         hvd.init(process_sets=list(self._process_sets.values()))
-        self.rank, self.size = hvd.rank(), hvd.size()
-        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self._take_place()
+
+    def _take_place(self) -> None:
+        self.rank, self.size = self._hvd.rank(), self._hvd.size()
+        self.local_rank, self.local_size = self._hvd.local_rank(), self._hvd.local_size()
+        if self.is_elastic:
+            # What the launcher left there was true when this process was started.
+            os.environ |= {"HOROVOD_RANK": str(self.rank), "HOROVOD_SIZE": str(self.size),
+                           "HOROVOD_LOCAL_RANK": str(self.local_rank), "HOROVOD_LOCAL_SIZE": str(self.local_size),
+                           "HOROVOD_CROSS_SIZE": str(self._hvd.cross_size())}
+            here = launch.place()
+            self.local_rank, self.local_size = here.local_rank, here.local_size
+
+    def rejoin(self) -> None:
+        """Meet the ranks that there are now; rank and size may be others than before.
+
+        Raises:
+            ValueError: they don't find each other in time.
+        """
+        self._hvd.shutdown()
+        self._hvd.init()
+        self._take_place()
+
+    def why_not_joined(self) -> str:
+        """Return what has kept Horovod from starting, empty where it was built without that."""
+        # Set by Horovod itself, of which Python's own copy of the variables knows nothing.
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_char_p
+        return (getenv(b"HPCAI_HOROVOD_FAILURE") or b"").decode(errors="replace")
+
+    def tell_of_hosts(self, changed: Callable[[], None]) -> None:
+        """Call the function, in a thread of its own, when ranks can be had that don't take part; rank 0 learns it."""
+        from horovod.common.elastic import notification_manager
+
+        notification_manager.init()
+        notification_manager.register_listener(_Listener(changed))
+
+    def size_in_step(self) -> int | tf.Tensor:
+        """Return the number of ranks, for a step that is being compiled; a tensor where it is not always the same."""
+        return self._hvd.size_op() if self.is_elastic else self.size
 
     def process_set(self, members: Sequence[int]):
         """Return the process set of these ranks, for the bare operations: of all, or of one of the groups."""
@@ -114,7 +160,7 @@ class Horovod:
             reduced = self._averaged([*sent, *averages, sums])
         split = len(tensors)
         received = [tf.cast(each, tensor.dtype) for each, tensor in zip(reduced[:split], tensors, strict=True)]
-        return received, reduced[split:-1], reduced[-1] * self.size
+        return received, reduced[split:-1], reduced[-1] * tf.cast(self.size_in_step(), reduced[-1].dtype)
 
     def require_adasum(self) -> None:
         """Check that Adasum can combine these ranks' gradients.
@@ -157,12 +203,13 @@ class Horovod:
         """
         @tf.custom_gradient
         def gathered(own):
-            rows = tf.ensure_shape(self._hvd.allgather(own[None], name=name), (self.size, *own.shape))
+            rows = tf.ensure_shape(self._hvd.allgather(own[None], name=name),
+                                   (None if self.is_elastic else self.size, *own.shape))
 
             def gradient(upstream):
                 # Each rank's loss depends on all rows; the mean over the ranks is taken with the weights' gradients.
                 total = self._hvd.allreduce(upstream, op=self._hvd.Sum, name=f"{name}.gradient")
-                return total[self.rank]
+                return total[self._hvd.rank_op() if self.is_elastic else self.rank]
 
             return rows, gradient
 
@@ -172,15 +219,17 @@ class Horovod:
         """Give every rank the values of rank 0."""
         self._hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
 
-    def broadcast_json(self, value):
-        """Return rank 0's value, anything that JSON can say."""
+    def broadcast_json(self, value, root: int = 0):
+        """Return that rank's value, anything that JSON can say."""
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        # Only rank 0's bytes count, but the shapes must agree before the bytes travel.
-        length = int(self._hvd.broadcast(tf.constant(len(text)), root_rank=0))
-        buffer = np.zeros(length, np.uint8)
-        if self.rank == 0:
-            buffer[:] = text
-        return json.loads(self._hvd.broadcast(tf.constant(buffer), root_rank=0).numpy().tobytes())
+        # Only that rank's bytes count, but the shapes must agree before the bytes travel.
+        length = int(self._hvd.broadcast(tf.constant(len(text)), root_rank=root))
+        return json.loads(self.broadcast_bytes(text if self.rank == root else None, length, root).tobytes())
+
+    def broadcast_bytes(self, content: np.ndarray | None, length: int, root: int) -> np.ndarray:
+        """Return that rank's bytes, uint8 (length,); the others give None."""
+        content = np.zeros(length, np.uint8) if content is None else content
+        return self._hvd.broadcast(tf.constant(content), root_rank=root).numpy()
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the rows of all ranks, in the order of the ranks, on every rank."""
@@ -196,6 +245,17 @@ class Horovod:
         self._hvd.shutdown()
 
 
+class _Listener:
+    """What Horovod's notifications call."""
+
+    def __init__(self, changed: Callable[[], None]):
+        self._changed = changed
+
+    def on_hosts_updated(self, timestamp: int, result: int) -> None:
+        """Pass it on."""
+        self._changed()
+
+
 def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
     """Join the job that this process was started in.
 
@@ -207,7 +267,7 @@ def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
             would mean n separate models.
     """
     place = launch.place()
-    if place.size == 1:
+    if place.size == 1 and not launch.is_elastic():
         return Serial()
     if place.launcher == "srun" and not any(name.startswith(("PMIX_", "PMI_")) for name in os.environ):
         # MPI would end the process, with words that nobody sees.
@@ -225,7 +285,7 @@ def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
         raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod does not see all of them",
                            expected="Horovod built with MPI, or the job started by horovodrun",
                            mend="run `hpcai doctor --build-horovod --with-mpi`", received=str(error)) from None
-    if ranks.size != place.size and (place.is_size_known or ranks.size == 1):
+    if ranks.size != place.size and (place.is_size_known or ranks.size == 1) and not ranks.is_elastic:
         raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod sees {ranks.size}",
                            expected="Horovod built with MPI, or the job started by horovodrun",
                            mend="run `hpcai doctor --build-horovod --with-mpi`", received=ranks.size)

@@ -19,6 +19,8 @@ class Pause(Enum):
     """There are no more."""
     SAVE = auto()
     """A checkpoint is due; the blocks go on behind it."""
+    COMMIT = auto()
+    """The state of an elastic job is to be kept in memory; the blocks go on behind it."""
     STOP = auto()
     """A rank was asked to stop."""
 
@@ -48,12 +50,14 @@ def run_blocks(job: Job, at: Position, steps: Callable, blocks: Iterator[Block],
         meter.add(sums, block.examples)
         job.pulse.mark(at.step)
         is_due = after_block()
-        if meter.stop_asked or meter.save_asked or is_due:
+        if meter.stop_asked or meter.save_asked or meter.commit_asked or is_due:
             break
     meter.flush()
     if meter.stop_asked:
         return Pause.STOP
-    return Pause.SAVE if meter.save_asked or is_due else Pause.END
+    if meter.save_asked or is_due:
+        return Pause.SAVE
+    return Pause.COMMIT if meter.commit_asked else Pause.END
 
 
 class _Meter:
@@ -62,11 +66,12 @@ class _Meter:
     Attributes:
         stop_asked: whether a step saw that a rank was asked to stop; it was the last one that was taken.
         save_asked: whether rank 0 wishes a checkpoint.
+        commit_asked: whether it wishes a commit.
     """
 
     def __init__(self, at: Position):
         self._at, self._pending = at, None
-        self.stop_asked = self.save_asked = False
+        self.stop_asked = self.save_asked = self.commit_asked = False
 
     def add(self, sums: tf.Tensor, examples: list[int]) -> None:
         """Take the next block's sums and account for the one before it."""
@@ -90,7 +95,7 @@ class _Meter:
         sums, step, cursor, examples = self._pending
         self._pending = None
         for number, (count, row) in enumerate(zip(tuple(examples), sums.numpy().tolist(), strict=False), 1):
-            loss, measure, stops, saves = row
+            loss, measure, stops, saves, commits = row
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} at step {step + number}", expected="a finite number",
                                     mend="lower it with `--set learning_rate=...` or set clip_norm", received=loss)
@@ -98,6 +103,7 @@ class _Meter:
             self._at.sums[1] += measure
             self._at.sums[2] += count
             self.save_asked = self.save_asked or saves > 0
+            self.commit_asked = self.commit_asked or commits > 0
             if stops > 0:
                 self.stop_asked = True
                 del examples[number:]

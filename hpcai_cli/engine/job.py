@@ -100,13 +100,28 @@ def run_here(request: Request, stop: StopRequest, pulse: Pulse) -> dict:
     """
     # TensorFlow loads here and not at import, so that a process that only starts others does without it.
     with console.quiet():
-        from hpcai_cli.engine import autotune, distributed, hardware, profiled_ranks
+        from hpcai_cli.engine import autotune, distributed, elastic, hardware, profiled_ranks
 
         pulse.begin()
         autotune_log = autotune.begin()
         groups = rank_groups.groups(request.tensor_parallel)
         ranks = profiled_ranks.join() if request.profile else distributed.start(groups)
     threads = hardware.set_up(local_rank=ranks.local_rank, local_size=ranks.local_size)
+    crew, limit = elastic.Crew(ranks, pulse) if ranks.is_elastic else None, TimeLimit(request.max_time)
+    with contextlib.ExitStack() as until_end:
+        return elastic.until_done(crew, lambda: _train(
+            request, stop, pulse, ranks, crew, threads, limit, autotune_log, until_end))
+
+
+def _train(request: Request, stop: StopRequest, pulse: Pulse, ranks, crew, threads: int, limit: TimeLimit,
+           autotune_log: Path | None, until_end: contextlib.ExitStack) -> dict:
+    """Train with the ranks that there are, and leave what is to be ended afterwards to `until_end`."""
+    from hpcai_cli.engine import autotune, distributed, elastic, energy, hardware, profiling, replicas, training
+
+    if crew:
+        crew.meet()
+        # A rank that comes has not seen the beginning.
+        limit.take(ranks.broadcast_json(limit.left(), crew.holder or 0))
     # Rank 0 chooses for all: in a mixed cluster the ranks would compute in different precisions, unseen by the proof.
     policy, reason = ranks.broadcast_json(hardware.choose_precision(request.recipe.precision))
     hardware.set_precision(policy)
@@ -115,53 +130,60 @@ def run_here(request: Request, stop: StopRequest, pulse: Pulse) -> dict:
              "precision": policy, "precision_reason": reason, "tensor_parallel": request.tensor_parallel}
     if ranks.size > 1:
         facts["horovod"] = autotune.settings()
-    with contextlib.ExitStack() as until_end:
-        return _train(request, stop, pulse, ranks, facts, autotune_log, until_end)
-
-
-def _train(request: Request, stop: StopRequest, pulse: Pulse, ranks, facts: dict, autotune_log: Path | None,
-           until_end: contextlib.ExitStack) -> dict:
-    """Train in ranks that are set up; what is to be ended afterwards goes to `until_end`."""
-    from hpcai_cli.engine import distributed, energy, profiling, replicas, training
-
-    folder, file, resume = distributed.on_rank_zero(ranks, lambda: _described(request, facts, ranks.size, until_end))
+    folder, file, resume = distributed.on_rank_zero(ranks, lambda: _described(
+        request, facts, ranks.size, until_end, crew))
     run, dataset = Run(Path(folder)), Dataset(Path(file))
-    pulse.attend(run)
-    limit, threads, policy = TimeLimit(request.max_time), facts["threads_per_rank"], facts["precision"]
-    if ranks.rank == 0:
+    # A rank of an elastic job comes here again when the ranks meet again.
+    begins = crew is None or crew.job is None
+    if begins:
+        pulse.attend(run)
+    if ranks.rank == 0 and not (crew and crew.leads):
         until_end.enter_context(limit.watching(stop))
-    console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} with "
-                 f"{_plural(threads, 'thread', 'threads')}, {policy}: {facts['precision_reason']}")
+    if crew:
+        crew.leads = ranks.rank == 0
+    if begins:
+        console.note(f"{run.folder}: {request.recipe.name} on {file}, {_plural(ranks.size, 'process', 'processes')} "
+                     f"with {_plural(threads, 'thread', 'threads')}, {policy}: {facts['precision_reason']}")
     request = dataclasses.replace(request, recipe=fitted(request.recipe, dataset))
     try:
         augment, final_augment = (function and partial(function, recipe=request.recipe)
                                   for function in (request.augment, request.final_augment))
-        job = training.Job(request.recipe, run, dataset, ranks, request.build_model, augment, request.adapt, stop,
-                           request.tensorboard, final_augment,
-                           describe=lambda: _describe(run, request, dataset, facts),
-                           profiler=request.profile and profiling.Profiler(
-                               request.profile, run.profile, ranks, request.recipe, threads),
-                           energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
-                           autotune_log=autotune_log, replicas=replicas.Replicas(ranks, request.tensor_parallel),
-                           cadence=request.cadence, limit=limit, pulse=pulse)
+        job = crew.job if not begins else training.Job(
+            request.recipe, run, dataset, ranks, request.build_model, augment, request.adapt, stop,
+            request.tensorboard, final_augment, describe=lambda: _describe(run, request, dataset, facts),
+            profiler=request.profile and profiling.Profiler(
+                request.profile, run.profile, ranks, request.recipe, threads),
+            energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
+            autotune_log=autotune_log, cadence=request.cadence, limit=limit, pulse=pulse, crew=crew)
+        job.replicas = replicas.Replicas(ranks, request.tensor_parallel)
+        if crew:
+            crew.job = job
         result = training.train(job, resume=resume)
     except Exception as error:
-        if is_aftermath(error):
+        if is_aftermath(error) or crew and crew.goes_on(error):
             raise
         code = error.exit_code if isinstance(error, HpcaiError) else 1
         # What fails on all ranks alike is rank 0's to record.
         if code != EXIT_STOPPED and (ranks.rank == 0 or not getattr(error, "collective", False)):
             run.record_failure(rank=ranks.rank, error=error, exit_code=code)
         if isinstance(error, HpcaiError) and error.collective:
-            ranks.stop()
+            elastic.part(ranks)
         raise
-    ranks.stop()
+    elastic.part(ranks)
     return result
 
 
-def _described(request: Request, facts: dict, size: int, until_end: contextlib.ExitStack) -> list:
+def _described(request: Request, facts: dict, size: int, until_end: contextlib.ExitStack, crew) -> list:
     """Prepare the run, which is locked until the end, and describe it in its folder, before any other rank can have
     something to write there; return the folder, the data and whether there is something to go on from."""
+    if crew and crew.job:
+        if not crew.leads:
+            # The rank that held it is gone.
+            until_end.enter_context(run_lock.held(crew.job.run.folder, patience=_ENDING_SECONDS))
+        return [str(crew.job.run.folder), str(crew.job.dataset.path), False]
+    if crew and launch.STARTED_VARIABLE in os.environ and request.output and Run(request.output).recipe_file.is_file():
+        # All ranks that had begun it are gone.
+        request = dataclasses.replace(request, resume=request.output, output=None)
     run, file = prepare(request, size=size)
     # What started these ranks has looked already, and the ranks before them may be just ending.
     patience = _ENDING_SECONDS if os.environ.get(launch.STARTED_VARIABLE) else 0

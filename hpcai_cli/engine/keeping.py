@@ -25,19 +25,22 @@ class Keeper:
         fingerprint: the dataset's.
         weights: variables that all ranks should hold alike.
         is_kept: whether `at` was read from a checkpoint.
+        before: this rank's own before the ranks of an elastic job met again; it may still be writing.
     """
 
     def __init__(self, run: Run, cadence: Cadence, ranks: Serial | Horovod, replicas: Replicas, wishes: Wishes,
                  limit: TimeLimit, *, at: Position, fingerprint: str, model: keras.Model,
-                 optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable], is_kept: bool, pulse: Pulse):
+                 optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable], is_kept: bool, pulse: Pulse,
+                 before: "Keeper | None" = None):
         self._run, self._cadence, self._ranks, self._replicas = run, cadence, ranks, replicas
         self._wishes, self._limit, self._at, self._fingerprint = wishes, limit, at, fingerprint
         self._model, self._optimizer, self._weights, self._pulse = model, optimizer, weights, pulse
         self._kept = self._place() if is_kept else None
         self._kept_step, self._kept_time = at.step, time.monotonic()
         self._looked, self._looked_step = time.monotonic(), at.step
-        self._writer = Writer(run.checkpoints, cadence.keep, written=self._written, failed=self._failed) if (
-            ranks.rank == 0) else None
+        self._writer = before._writer if before else None
+        if self._writer is None and ranks.rank == 0:
+            self._writer = Writer(run.checkpoints, cadence.keep, written=self._written, failed=self._failed)
 
     def is_due(self) -> bool:
         """Tell after a block whether a checkpoint is due by its steps; one that is due by time is wished for here."""
@@ -69,6 +72,19 @@ class Keeper:
         self._kept, self._kept_step, self._kept_time = self._place(), self._at.step, time.monotonic()
         if self._writer:
             self._writer.write(State(**self._at.copied(), fingerprint=self._fingerprint, arrays=arrays))
+
+    def take_over(self) -> None:
+        """See that the best epoch's checkpoint is on the disk or on its way there, after ranks of an elastic job met
+        again: the rank that was to write it may be gone."""
+        step, best = self._at.best.get("step"), self._at.best.get("epoch")
+        if step is None or on_rank_zero(self._ranks, lambda: self._writer.has(step)):
+            return
+        if step == self._at.step:
+            self.save()
+            return
+        console.note(f"the best epoch so far, {best}, cannot be chosen any more: its checkpoint was lost with a "
+                     "process")
+        self._at.best = {}
 
     def finish(self) -> str:
         """Wait until all is on the disk; return why the last checkpoint is not, alike on every rank."""

@@ -13,6 +13,8 @@ from hpcai_cli.engine.store import Split
 
 BLOCK_BYTES = 512 << 10
 """How much is gathered and trained at a time; it stays in the processor's second-level cache until it is used."""
+ELASTIC_STEPS = 32
+"""Steps in a block at most where ranks may be lost, since commits are made between blocks."""
 
 
 @dataclass
@@ -55,16 +57,19 @@ class Pipeline:
         seed: the recipe's seed.
         rank: this process.
         size: number of processes.
+        is_elastic: their number will change, and blocks keep their shape.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, seed: int, rank: int = 0, size: int = 1):
+    def __init__(self, split: Split, *, batch_size: int, seed: int, rank: int = 0, size: int = 1,
+                 is_elastic: bool = False):
         self._split, self._seed, self._rank, self._size = split, seed, rank, size
         self.batch_size = batch_size
         self.global_batch_size = batch_size * size
         # Every rank runs this many steps, or the collective operations would wait for ever.
         self.steps_per_epoch = -(-len(split) // self.global_batch_size)
         row_bytes = split.inputs.dtype.itemsize * int(np.prod(split.inputs.shape[1:], dtype=np.int64))
-        self.steps_per_block = min(self.steps_per_epoch, max(1, BLOCK_BYTES // max(1, row_bytes * batch_size)))
+        self.steps_per_block = min(ELASTIC_STEPS if is_elastic else self.steps_per_epoch,
+                                   max(1, BLOCK_BYTES // max(1, row_bytes * batch_size)))
 
     def blocks(self, epoch: int, cursor: int = 0, *, single_first: bool = False) -> Iterator[Block]:
         """Yield this rank's blocks of the epoch from the cursor on; all have the same shape, the last step is padded.

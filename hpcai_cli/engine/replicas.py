@@ -119,6 +119,10 @@ class Replicas:
         merged = [next(own if is_part else shared) for is_part in self._is_part]
         return merged, averages, sums / self.parts
 
+    def size_in_step(self) -> int | tf.Tensor:
+        """Return the number of copies, for a step that is being compiled; a tensor where it is not always the same."""
+        return self._ranks.size_in_step() if self.parts == 1 else self.size
+
     def _averaged_alike(self, own: list[tf.Tensor], *, half: bool) -> list[tf.Tensor]:
         """Return the means over the ranks that hold the same parts."""
         operations, alike = self._ranks.operations, rank_groups.alike(self._ranks.rank, self.parts, self._ranks.size)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.learning_rates import ChangingRates, learning_rates
 from hpcai_cli.engine.model import moving_statistics
 from hpcai_cli.engine.pipeline import Block
 from hpcai_cli.engine.task import task_of
@@ -23,6 +24,7 @@ class Wishes:
     Attributes:
         stop: float32 (), 1 from when this rank was asked to stop.
         save: float32 (), 1 while rank 0 finds that a checkpoint is due.
+        commit: float32 (), 1 while rank 0 of an elastic job finds that the state should be kept in memory.
         halted: bool (), true when a step saw that a rank was asked to stop; no step is taken then.
     """
 
@@ -30,7 +32,14 @@ class Wishes:
         with tf.device("CPU:0"):
             self.stop = tf.Variable(0.0, trainable=False)
             self.save = tf.Variable(0.0, trainable=False)
+            self.commit = tf.Variable(0.0, trainable=False)
             self.halted = tf.Variable(False, trainable=False)
+
+    def begin(self) -> None:
+        """Take back what is still set of an earlier beginning: all ranks have to begin alike."""
+        for wish in (self.save, self.commit):
+            wish.assign(0.0)
+        self.halted.assign(False)
 
 
 def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, recipe: Recipe,
@@ -41,9 +50,9 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
 
     inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken, or fewer when a
     rank was asked to stop: none after the one in which all see it. seed, int32 (2,), is the augmentation's for the
-    first of them. `sums` is float32 (g, 4), a row for each step: the mean loss over the step's examples of all ranks,
-    the sum of the task's measure over them (how many were classified rightly), how many ranks were asked to stop, and
-    how many wish a checkpoint.
+    first of them. `sums` is float32 (g, 5), a row for each step: the mean loss over the step's examples of all ranks,
+    the sum of the task's measure over them (how many were classified rightly), how many ranks were asked to stop, how
+    many wish a checkpoint, and how many a commit.
 
     Args:
         weight_of_class: float32 (num_classes,), the weight of each class's examples in the loss.
@@ -101,8 +110,10 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
             inputs = augment(inputs, seed)
         gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(
             inputs, labels, weights, seed)
-        sums = tf.concat([sums[:1] / ranks.size, sums[1:], [wishes.stop, wishes.save]], axis=0)
-        if ranks.size * ranks.parts > 1:
+        size = ranks.size_in_step()
+        sums = tf.concat([sums[:1] / tf.cast(size, tf.float32), sums[1:], [wishes.stop, wishes.save, wishes.commit]],
+                         axis=0)
+        if tf.is_tensor(size) or size * ranks.parts > 1:
             # Averaged before the optimizer sees them: clipping and the float16 loss scale then decide alike on every
             # rank. Batch norm's moving statistics are averaged too, or the ranks would hold different models.
             gradients, means, sums = ranks.reduce(
@@ -121,10 +132,10 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
         def one(number, halted, rows):
             # Step and rank have a seed of their own, which resuming finds again.
             sums = tf.ensure_shape(step(inputs[number], labels[number], weights[number],
-                                        seed + [0, number * ranks.size]), (4,))
+                                        seed + [0, number * ranks.size_in_step()]), (5,))
             return number + 1, sums[2] > 0, rows.write(number, sums)
 
-        rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(4,))
+        rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(5,))
         # The same loop for one step and for many: whether steps come alone or together changes no bit of the result.
         _, halted, rows = tf.while_loop(lambda number, halted, _: (number < count) & ~halted, one,
                                         (0, wishes.halted.read_value(), rows), parallel_iterations=1)
@@ -168,17 +179,10 @@ def mixed(inputs: tf.Tensor, seed: tf.Tensor, *, alpha: float) -> tuple[tf.Tenso
     return place * inputs + (1 - place) * tf.roll(inputs, 1, axis=0), share
 
 
-def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int) -> keras.optimizers.Optimizer:
-    """Return the recipe's optimizer with its learning-rate schedule for a job of `size` ranks."""
-    growth = {"linear": float(size), "sqrt": size**0.5, "none": 1.0}[recipe.learning_rate_scaling]
-    peak = recipe.learning_rate * growth
-    total = steps_per_epoch * recipe.epochs
-    warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=peak / warmup if warmup else peak, decay_steps=max(1, total - warmup),
-        # With alpha 1 the cosine stays at its peak: the constant schedule, with the same warm-up.
-        alpha=1.0 if recipe.schedule == "constant" else 0.0,
-        warmup_target=peak if warmup else None, warmup_steps=warmup)
+def build_optimizer(recipe: Recipe, *, steps_per_epoch: int, size: int,
+                    schedule: ChangingRates | None = None) -> keras.optimizers.Optimizer:
+    """Return the recipe's optimizer with its learning-rate schedule for a job of `size` ranks, or with another one."""
+    schedule = schedule or learning_rates(recipe, steps_per_epoch=steps_per_epoch, size=size)
     common = {"learning_rate": schedule, "global_clipnorm": recipe.clip_norm or None,
               "weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "sgd":

@@ -25,9 +25,13 @@ class TimedRanks:
     """
 
     def __init__(self, ranks: Serial | Horovod):
-        self._ranks, self.size, self.parts, self.gradient_bytes = ranks, ranks.size, ranks.parts, 0
+        self._ranks, self.parts, self.gradient_bytes = ranks, ranks.parts, 0
         with tf.device("CPU:0"):
             self.seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+
+    def size_in_step(self) -> int | tf.Tensor:
+        """Return the number of ranks, for a step that is being compiled."""
+        return self._ranks.size_in_step()
 
     def reduce(self, gradients, averages, sums, **how):
         """Reduce as the ranks do."""
@@ -59,7 +63,7 @@ class LagWatch:
 
     def __init__(self, ranks: Serial | Horovod, step_ranks: "Serial | Horovod | TimedRanks"):
         self._ranks = ranks
-        self._timed = TimedRanks(step_ranks) if ranks.size > 1 else None
+        self._timed = TimedRanks(step_ranks) if ranks.size > 1 or ranks.is_elastic else None
         self.step_ranks = self._timed or step_ranks
         self._named: set[int] = set()
         self._suspect = -1
@@ -71,12 +75,17 @@ class LagWatch:
             self._timed.seconds.assign(0.0)
         self._started, self._step = time.monotonic(), step
 
+    def forget(self) -> None:
+        """Begin anew with ranks that have met again, since all need to know the same."""
+        self._named.clear()
+        self._suspect = -1
+
     def own_ms(self, step: int) -> list[float]:
         """Return how long each of the steps up to this one took each rank without waiting, ms; on one rank nothing.
 
         A rank that goes on lagging is named on stderr, once.
         """
-        if not self._timed or step == self._step:
+        if not self._timed or step == self._step or self._ranks.size == 1:
             return []
         own = (time.monotonic() - self._started - float(self._timed.seconds.numpy())) / (step - self._step)
         found = [round(1000 * each, 3) for each in self._ranks.gather(np.array([own])).tolist()]

@@ -11,11 +11,12 @@ import keras
 import numpy as np
 
 from hpcai_cli import console
-from hpcai_cli.engine import autotune, batch_norm, checkpoint, evaluation, history
+from hpcai_cli.engine import autotune, batch_norm, checkpoint, elastic, evaluation, history
 from hpcai_cli.engine.checkpoint import Position
 from hpcai_cli.engine.distributed import Serial, on_rank_zero
 from hpcai_cli.engine.feeding import Pause, run_blocks
 from hpcai_cli.engine.keeping import Keeper
+from hpcai_cli.engine.learning_rates import ChangingRates
 from hpcai_cli.engine.model import (
     adapt,
     build,
@@ -45,51 +46,67 @@ def train(job: Job, *, resume: bool) -> dict:
     recipe, ranks, replicas, run = job.recipe, job.ranks, job.replicas, job.run
     if recipe.gradient_reduction == "adasum":
         ranks.require_adasum()
-    started = time.monotonic()
+    started = job.crew.started if job.crew else time.monotonic()
     if job.energy:
         job.energy.start()
 
-    # ---- Build everything; rank 0's values count.
+    # ---- Build everything; rank 0's values count, or those of ranks that go on in an elastic job.
+    crew = job.crew
+    built = crew.built if crew else None
+    is_recalled = crew is not None and crew.holder is not None
     split = job.dataset.split("train")
     pipeline = Pipeline(job.teacher.joined(split) if job.teacher else split, seed=recipe.seed, rank=replicas.rank,
-                        size=replicas.size, batch_size=recipe.batch_size * recipe.accumulation_steps)
-    model = build(recipe, job.build_model)
-    if not resume:
+                        size=replicas.size, batch_size=recipe.batch_size * recipe.accumulation_steps,
+                        is_elastic=crew is not None)
+    model = built.model if built else build(recipe, job.build_model)
+    if not resume and not is_recalled:
         on_rank_zero(ranks, lambda: adapt(recipe, model, job.adapt, split.inputs, split.labels))
     replicas.split(model, recipe.input_shape)
-    optimizer = build_optimizer(recipe, steps_per_epoch=pipeline.steps_per_epoch, size=replicas.size)
-    optimizer.build(model.trainable_variables)
-    replicas.attach(model, optimizer)
-    # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
-    at = Position(**on_rank_zero(ranks, lambda: vars(_resumed(job, model, optimizer)) if resume else {}))
+    counts = {"steps_per_epoch": pipeline.steps_per_epoch, "size": replicas.size}
+    rates = built.rates if built else (ChangingRates(recipe, **counts) if crew else None)
+    optimizer = built.optimizer if built else build_optimizer(recipe, **counts, schedule=rates)
+    if built:
+        rates.follow(**counts)
+    else:
+        optimizer.build(model.trainable_variables)
+        replicas.attach(model, optimizer)
+    if is_recalled:
+        at = Position(**crew.recall([*model.variables, *optimizer.variables]))
+    else:
+        # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
+        at = Position(**on_rank_zero(ranks, lambda: vars(_resumed(job, model, optimizer)) if resume else {}))
     # Counted from the epoch's end, since its rest may take another number of steps than this job's size would have.
     place = (at.epoch + 1) * pipeline.steps_per_epoch - -(-(len(split) - at.cursor) // pipeline.global_batch_size)
-    if place != at.step:
+    if place != at.step or is_recalled:
         # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
         getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
-    replicas.broadcast(model, optimizer)
+    if not is_recalled:
+        replicas.broadcast(model, optimizer)
     settle_statistics(model)
     spread_random_state(model, replicas.rank)
     weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
-    if recipe.sync_batch_norm:
+    if recipe.sync_batch_norm and not built:
         batch_norm.synchronize(model, ranks)
     replicas.prove(weights, when="at the start")
-    # Ranks that share a model wait for each other within a step, which the watch would take for work of their own.
-    watch = LagWatch(ranks if replicas.parts == 1 else Serial(), job.profiler.step_ranks if job.profiler else replicas)
-    compiled = partial(compile_steps, model, optimizer, recipe, watch.step_ranks, block=next(pipeline.blocks(0)),
-                       weight_of_class=class_weights(recipe, split.labels), teacher=job.teacher,
-                       pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs),
-                       wishes=job.wishes)
-    steps = compiled(augment=job.augment)
-    final_epoch = recipe.epochs - round(recipe.final_share * recipe.epochs)
-    final_steps = compiled(augment=job.final_augment) if recipe.final_share and job.final_augment else steps
-    validate = _validator(job, model)
+    built = built or _compiled(job, pipeline, model, optimizer, rates)
+    watch, final_epoch = built.watch, recipe.epochs - round(recipe.final_share * recipe.epochs)
+    watch.forget()
     board = history.Board(run.tensorboard if job.tensorboard and ranks.rank == 0 else None)
-    _event(job, "resumed" if resume else "started", step=at.step, epoch=at.epoch, cursor=at.cursor,
-           world_size=ranks.size)
+    if is_recalled:
+        crew.tell(at)
+    _event(job, "elastic" if is_recalled else "resumed" if resume else "started", step=at.step, epoch=at.epoch,
+           cursor=at.cursor, world_size=ranks.size, **(crew.news if is_recalled else {}))
     keeper = Keeper(run, job.cadence, ranks, replicas, job.wishes, job.limit, at=at, model=model, optimizer=optimizer,
-                    fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume, pulse=job.pulse)
+                    fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume and not is_recalled,
+                    pulse=job.pulse, before=built.keeper)
+    built.keeper = keeper
+    job.wishes.begin()
     job.stop.tell(lambda: job.wishes.stop.assign(1.0))
+    if crew:
+        crew.built = built
+        if is_recalled:
+            keeper.take_over()
+        crew.commit(at, [*model.variables, *optimizer.variables])
 
     # ---- Train.
     total, first, done = len(split) * recipe.epochs, at.step + 1, at.epoch * len(split) + at.cursor
@@ -102,6 +119,8 @@ def train(job: Job, *, resume: bool) -> dict:
                 # It warms up, which nobody else waits for again.
                 watch.restart(at.step)
             shown.update(at.epoch * len(split) + at.cursor, lambda: history.status(recipe, at.epoch, at.sums))
+            if crew:
+                crew.after_block(at, job.wishes)
             return keeper.is_due()
 
         def stop_here() -> NoReturn:
@@ -111,29 +130,35 @@ def train(job: Job, *, resume: bool) -> dict:
             stop_here()
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
             blocks = pipeline.blocks(at.epoch, at.cursor, single_first=at.step + 1 == first)
-            chosen = final_steps if at.epoch >= final_epoch else steps
+            chosen = built.final_steps if at.epoch >= final_epoch else built.steps
             if job.profiler:
                 chosen, blocks = job.profiler.watched(chosen, blocks, at, pipeline.steps_per_block)
             watch.restart(at.step)
             pause = Pause.SAVE
-            while pause is Pause.SAVE:
+            while pause in (Pause.SAVE, Pause.COMMIT):
                 started_again = time.monotonic()
                 pause = run_blocks(job, at, chosen, blocks, after_block)
                 at.seconds += time.monotonic() - started_again
-                if pause is not Pause.END:
+                if pause in (Pause.SAVE, Pause.STOP):
                     prove_finite(job, model, at)
                     keeper.save()
+                if crew:
+                    crew.commit(at, [*model.variables, *optimizer.variables], if_due=pause is Pause.END)
+                    if pause is Pause.COMMIT:
+                        crew.look_for_ranks(job.wishes)
             own_ms = watch.own_ms(at.step)
             if pause is Pause.STOP:
                 stop_here()
             prove_finite(job, model, at)
             try:
-                row = _finish_epoch(job, at, optimizer, validate)
+                row = _finish_epoch(job, at, optimizer, built.validate)
             except evaluation.AbandonedError:
                 stop_here()
             if own_ms:
                 _event(job, "ranks", epoch=row["epoch"], own_step_ms=own_ms)
             board.write(row, at.step)
+            if crew:
+                crew.commit(at, [*model.variables, *optimizer.variables])
             keeper.after_epoch(is_last=at.epoch == recipe.epochs or _out_of_patience(recipe, at))
             shown.line(history.sentence(recipe, row))
             if _anyone_stopped(job):
@@ -151,6 +176,21 @@ def train(job: Job, *, resume: bool) -> dict:
         return _finish(job, at, model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
     except evaluation.AbandonedError:
         _stop(job, at, keeper, samples=at.epoch * len(split) - done)
+
+
+def _compiled(job: Job, pipeline: Pipeline, model, optimizer, rates: ChangingRates | None) -> elastic.Built:
+    """Compile what the loop calls, which stays the same when ranks of an elastic job meet again."""
+    recipe, replicas = job.recipe, job.replicas
+    # Ranks that share a model wait for each other within a step, which the watch would take for work of their own.
+    watch = LagWatch(job.ranks if replicas.parts == 1 else Serial(),
+                     job.profiler.step_ranks if job.profiler else replicas)
+    compiled = partial(compile_steps, model, optimizer, recipe, watch.step_ranks, block=next(pipeline.blocks(0)),
+                       weight_of_class=class_weights(recipe, job.dataset.split("train").labels), teacher=job.teacher,
+                       pruning=job.prune and job.prune(model, pipeline.steps_per_epoch * recipe.epochs),
+                       wishes=job.wishes)
+    steps = compiled(augment=job.augment)
+    final_steps = compiled(augment=job.final_augment) if recipe.final_share and job.final_augment else steps
+    return elastic.Built(model, optimizer, rates, steps, final_steps, _validator(job, model), watch)
 
 
 def _resumed(job: Job, model, optimizer) -> Position:
@@ -231,8 +271,11 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate) -> dict:
     row |= {"learning_rate": float(optimizer.learning_rate), "seconds": round(at.seconds, 3),
             "images_per_second": round(count / at.seconds, 1)}
     at.history.append(row)
+    # Each once, also where ranks were lost or resumed with another number.
+    examples = at.sums[2]
+    assert examples == count, f"{examples} of {count} examples"
     at.epoch, at.cursor, at.sums, at.seconds = at.epoch + 1, 0, [0.0, 0.0, 0], 0.0
-    _event(job, "epoch", **row)
+    _event(job, "epoch", **row, examples=examples)
     return row
 
 

@@ -10,6 +10,7 @@ from hpcai_cli.cadence import Cadence
 from hpcai_cli.engine.compression.distillation import Teacher
 from hpcai_cli.engine.compression.pruning import KeptZeros, MagnitudePruning
 from hpcai_cli.engine.distributed import Horovod, Serial
+from hpcai_cli.engine.elastic import Crew
 from hpcai_cli.engine.energy import JobMeter
 from hpcai_cli.engine.profiling import Profiler
 from hpcai_cli.engine.replicas import Replicas
@@ -60,6 +61,8 @@ class Job:
     cadence: Cadence = Cadence()
     limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     wishes: Wishes = field(default_factory=Wishes)
+    crew: Crew | None = None
+    """The ranks of an elastic job, who go on without those that are lost."""
 
     def __post_init__(self):
         self.replicas = self.replicas or Replicas(self.ranks)

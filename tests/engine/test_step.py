@@ -87,7 +87,7 @@ def test_loss_and_update_are_the_formula_s(smoothing):
     model, _, sums = run(recipe, [even(inputs, labels)])
     assert sums[0][0] == pytest.approx(loss, rel=1e-5)
     right = (inputs @ before[0] + before[1]).argmax(axis=1) == labels
-    assert sums[0][1:].tolist() == [right.sum(), 0, 0]
+    assert sums[0][1:].tolist() == [right.sum(), 0, 0, 0]
     for old, new, gradient in zip(before, model.get_weights(), gradients, strict=True):
         np.testing.assert_allclose(new, old - 0.5 * gradient, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_augmentation_sees_the_step_s_seed():
 def test_no_step_follows_the_one_in_which_the_wish_to_stop_is_seen():
     wishes = Wishes()
     _, _, sums = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
-    assert [row[2:].tolist() for row in sums] == [[0, 0]] * 3
+    assert [row[2:].tolist() for row in sums] == [[0, 0, 0]] * 3
     wishes.stop.assign(1.0)
     _, optimizer, sums = run(RECIPE, [even(*examples(4))] * 6, wishes=wishes, together=3)
     assert [row[2] for row in sums] == [1, 0, 0, 0, 0, 0]
@@ -158,7 +158,7 @@ def test_the_wish_for_a_checkpoint_ends_nothing():
     wishes = Wishes()
     wishes.save.assign(1.0)
     _, optimizer, sums = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
-    assert [row[2:].tolist() for row in sums] == [[0, 1]] * 3
+    assert [row[2:].tolist() for row in sums] == [[0, 1, 0]] * 3
     assert int(optimizer.iterations) == 3
 
 

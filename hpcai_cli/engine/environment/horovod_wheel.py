@@ -25,7 +25,24 @@ RECORD = "wheel.json"
 # Each is a file, a text that stands on exactly one line of it, and what to put in that line's place.
 # xla_mpi_ops.cc wants headers that TensorFlow has not shipped since 2.19; its operations serve HOROVOD_ENABLE_XLA_OPS=1
 # only. https://github.com/horovod/horovod/pull/4302
-_PATCHES = (("horovod/tensorflow/CMakeLists.txt", "xla_mpi_ops.cc", ""),)
+_PATCHES = (
+    ("horovod/tensorflow/CMakeLists.txt", "xla_mpi_ops.cc", ""),
+    # Ranks of an elastic job that do not find each other end the whole process (std::terminate), and with it what they
+    # keep in memory, when one that comes is slow or dies as it starts. So init() fails instead, which it can, and may
+    # be called again.
+    ("horovod/common/operations.cc", "global_gloo_context.Initialize(ParseGlooIface());",
+     "    try {\n"
+     "      global_gloo_context.Initialize(ParseGlooIface());\n"
+     "    } catch (const std::exception& failure) {\n"
+     '      setenv("HPCAI_HOROVOD_FAILURE", failure.what(), 1);\n'
+     "      global_gloo_context.Finalize();\n"
+     "      state.initialization_failed = true;\n"
+     "      return;\n"
+     "    }\n"),
+    ("horovod/common/operations.cc", "horovod_global.initialize_flag.clear();",
+     "    horovod_global.initialize_flag.clear();\n"
+     "    horovod_global.initialization_failed = false;\n"),
+)
 
 # TensorFlow 2.21 no longer exports the function that Horovod declares here; a stream's own handle is what it returned.
 _GPU_PATCHES = (
