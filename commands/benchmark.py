@@ -96,7 +96,7 @@ def checkpoint(
     np: options.Processes = None,
     where: options.Where = options.HERE,
 ) -> Iterable:
-    """Checkpoints beside the training: what one costs its throughput, and the proof in it that ranks are in step.
+    """Checkpoints beside the training: what one costs its throughput; what proofs and heartbeats of ranks take.
 
     Examples:
         $ hpcai benchmark checkpoint

@@ -14,9 +14,11 @@ from hpcai_cli import console, rank_signals, stacks
 from hpcai_cli.pulse import OVER, SLOW, STALLED, WORKING
 from hpcai_cli.rank_signals import SSH_SECONDS
 
-START_SECONDS = 60.0
-"""For which a rank may be silent as long as there is no step: what is loaded and compiled then can hold up all threads
-of Python."""
+BEGIN_SECONDS = 300.0
+"""For which ranks may load their libraries at least, or end, however short the heartbeat."""
+STEP_SECONDS = 60.0
+"""For which a rank may be silent at least before its first step: what is loaded and compiled then can hold up all
+threads of Python."""
 _LOOK_SECONDS = 0.25
 _HELD_SECONDS = 2.0
 """Whoever looks so late was held up himself, and knows nothing of the ranks."""
@@ -136,7 +138,7 @@ class Watch:
         """Return what is wrong, and whose fault it is."""
         beats = dict(self._beats)
         missing = [] if self._is_elastic else [rank for rank in range(self._np) if rank not in beats]
-        patience = max(SLOW * self._seconds, START_SECONDS)
+        patience = max(SLOW * self._seconds, BEGIN_SECONDS)
         if missing and now - begun > patience:
             return f"{_names(missing, started)} did not begin within {patience:.0f} s", missing[0]
         silent = [rank for rank, beat in sorted(beats.items()) if now - beat.heard > self._patience(beat)]
@@ -163,8 +165,8 @@ class Watch:
     def _patience(self, beat: _Beat) -> float:
         if beat.state == OVER:
             # It has to end too, but libraries take their time for that.
-            return max(SLOW * self._seconds, START_SECONDS)
-        return self._seconds if beat.step >= 0 else max(self._seconds, START_SECONDS)
+            return max(SLOW * self._seconds, BEGIN_SECONDS)
+        return self._seconds if beat.step >= 0 else max(self._seconds, STEP_SECONDS)
 
     def _end(self, process: subprocess.Popen, launcher: str, started: dict[int, tuple[int, str]]) -> None:
         """Have the stacks written, then end the ranks and what has started them."""

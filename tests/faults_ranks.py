@@ -19,7 +19,7 @@ def killed(lab: Lab) -> tuple[str, list[str]]:
     """Kill one of two ranks, each in its turn: the job goes on by itself."""
     found, problems = [], []
     for rank in (1, 0):
-        trial = _under_way(lab, f"rank-{rank}-killed", "--heartbeat", HEARTBEAT)
+        trial = _under_way(lab, f"rank-{rank}-killed")
         moment = trial.signal(signal.SIGKILL, [trial.rank(rank)])
         seconds = _next_step(trial, moment)
         found.append(f"rank {rank} killed: the next step after {seconds:.1f} s")

@@ -15,8 +15,8 @@ from faults_lab import EVERY, Lab, Trial
 
 from hpcai_cli.errors import EXIT_STOPPED, DataError, UsageError
 
-ORPHANS = 15
-"""Seconds after which nothing goes on of a job whose parent was killed."""
+ORPHANS = 30
+"""Seconds after which nothing goes on of a job whose parent was killed; under mpirun a rank takes some to see it."""
 DISK = "24m"
 """Of the disk that is filled: some checkpoints of 2 MB and the model."""
 LEFT_FREE = 256 << 10
