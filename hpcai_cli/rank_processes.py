@@ -128,7 +128,7 @@ class _Reader:
         self._heard = {0}
         self._failed: tuple[int, int] | None = None
         self._named: int | None = None
-        self._reported, self._answered, self._words = False, False, ""
+        self._reported, self._answered, self._has_given_up, self._words = False, False, False, ""
         self.processes: dict[int, tuple[int, str]] = {}
         """Process id and host of each rank that has said so."""
 
@@ -143,6 +143,10 @@ class _Reader:
             errors.join()
         if not self._launcher and code:
             self._failed = 0, code
+        if self._has_given_up:
+            # What it has ended says nothing of the cause.
+            return Outcome(1, None, self._reported, hang="fewer than --min-np processes could be had in time",
+                           answered=self._answered)
         if self._failed is None or code == 0 and self._is_elastic:
             return Outcome(code, None, self._reported, self._words, answered=self._answered)
         rank, status = self._failed
@@ -218,6 +222,8 @@ class _Reader:
             failed = int(match[1]), int(match[2])
         elif match := self._SRUN_SIGNAL.match(line):
             failed = int(match[1]), -self._SRUN_SIGNALS[match[2]]
+        # horovodrun's words for it; it waits for other things too, which it names otherwise.
+        self._has_given_up |= self._is_elastic and "TimeoutException: Timed out waiting" in line
         if failed and self._is_cause(failed):
             self._failed = failed
         if line.strip():

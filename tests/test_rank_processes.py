@@ -160,6 +160,15 @@ def test_an_elastic_job_that_loses_all_ranks_was_ended_by_what_ended_the_first()
     assert read("", words, code=1, is_elastic=True) == Outcome(1, 1, launcher_words="status 137", signal="SIGKILL")
 
 
+def test_an_elastic_job_that_horovodrun_gives_up():
+    words = ("Process 1 exit with status code 137.\n"
+             "horovod.runner.common.util.timeout.TimeoutException: Timed out waiting for {activity}.\n"
+             "Process 0 exit with status code 137.\n")
+    outcome = read("", words, code=1, is_elastic=True)
+    assert (outcome.exit_code, outcome.rank) == (1, None)
+    assert outcome.happened == "fewer than --min-np processes could be had in time"
+
+
 def test_a_rank_that_becomes_rank_zero_is_heard_from_then_on(capsys):
     """Its lines go on to be tagged by the number that it had when it was started."""
     one, zero = "[1]<stderr>:", "[0]<stderr>:"
