@@ -66,7 +66,8 @@ class Watch:
     @property
     def positions(self) -> str:
         """How far each of the first ranks has come."""
-        return ", ".join(f"rank {rank} at step {max(0, beat.step)}" for rank, beat in sorted(self._beats.items())[:8])
+        who = "process" if self._is_elastic else "rank"
+        return ", ".join(f"{who} {key} at step {max(0, beat.step)}" for key, beat in sorted(self._beats.items())[:8])
 
     @property
     def all_began(self) -> bool:

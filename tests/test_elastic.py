@@ -215,7 +215,7 @@ def test_a_rank_s_own_failure_is_the_job_s(job):
 @needs_horovod
 def test_too_few_ranks_end_the_job(job):
     training = job("--min-np", 2, "--elastic-timeout", 1, "--epochs", 400, "--max-restarts", 0)
-    training.wait_for("epoch")
+    training.wait_for("checkpoint")
     os.kill(training.process_of(1), signal.SIGKILL)
     code, out, err = training.end()
     assert (code, out) == (1, ""), err
