@@ -19,7 +19,7 @@ VERBOSE_VARIABLE = "HPCAI_VERBOSE"
 STAGED_VARIABLE = "HPCAI_STAGED_FROM"
 """The dataset file of which --data is a copy that goes with the job; the run's folder names this one."""
 ANNOUNCEMENT = "\x1dhpcai-rank"
-"""Begins a line with rank, process id and host, which no person gets to see."""
+"""Begins a line with rank, process id, host and number of ranks, which no person gets to see."""
 STARTED_VARIABLE = "HPCAI_RANKS"
 """Set for the ranks that this program starts: they say on stderr who they are, and share the cores of their host."""
 
@@ -132,7 +132,9 @@ def missing_package(name: str) -> bool:
 def announce() -> None:
     """Tell the process that started this rank where it is, so that signals can be passed on to it."""
     if os.environ.get(STARTED_VARIABLE):
-        print(f"{ANNOUNCEMENT} {place().rank} {os.getpid()} {socket.gethostname()}", file=sys.stderr, flush=True)
+        here = place()
+        print(f"{ANNOUNCEMENT} {here.rank} {os.getpid()} {socket.gethostname()} {here.size}", file=sys.stderr,
+              flush=True)
 
 
 def beside(program: str) -> Path:

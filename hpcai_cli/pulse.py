@@ -16,7 +16,7 @@ from hpcai_cli.errors import HpcaiError
 from hpcai_cli.run import Run
 
 BEAT = "\x1dhpcai-beat"
-"""Begins a line with rank, step, steps at a time and state, which no person gets to see."""
+"""Begins a line with rank, step, steps at a time, state and process id, which no person gets to see."""
 WORKING, STALLED, OVER = "working", "stalled", "over"
 SLOW = 10
 """What is slow and shows no steps, such as compiling the first one, may take so many times the heartbeat."""
@@ -153,7 +153,7 @@ class Pulse:
             # Whoever listened may have gone.
             with suppress(OSError):
                 # In one piece and past Python's own stream, whose lock the thread that hangs may hold.
-                line = f"{BEAT} {self._place.rank} {self._step} {self._stride} {state}\n"
+                line = f"{BEAT} {self._place.rank} {self._step} {self._stride} {state} {os.getpid()}\n"
                 os.write(self._stream, line.encode())
 
     def _end(self, now: float) -> None:

@@ -185,8 +185,8 @@ class _Reader:
                 return
         if kind == "stderr" and text.startswith(ANNOUNCEMENT):
             words = text.split()
-            if len(words) == 4 and (words[1] == str(rank) or self._is_elastic) and words[2].isdecimal():
-                self._place(int(words[1]), rank, int(words[2]), words[3])
+            if len(words) == 5 and (words[1] == str(rank) or self._is_elastic) and words[2].isdecimal():
+                self._place(int(words[1]), rank, int(words[2]), words[3], int(words[4]))
         elif kind == "stdout" and rank in self._heard:
             self._answered = True
             self._pass_on(sys.stdout, text)
@@ -195,9 +195,10 @@ class _Reader:
             if rank in self._heard or text.startswith("[rank ") or os.environ.get(VERBOSE_VARIABLE):
                 self._pass_on(sys.stderr, text)
 
-    def _place(self, rank: int, tag: int, process: int, host: str) -> None:
+    def _place(self, rank: int, tag: int, process: int, host: str, size: int) -> None:
         """Take note of where a rank is; one of an elastic job says so again when it has got another number."""
-        for other in [each for each, known in self.processes.items() if known == (process, host)]:
+        for other in [each for each, known in self.processes.items() if known == (process, host) or (
+                self._is_elastic and each >= size)]:
             del self.processes[other]
         self.processes[rank] = process, host
         if rank == 0:

@@ -63,8 +63,7 @@ def supervise(ranks: Ranks, arguments: Callable[[str], list[str]], run: Run, fil
     """
     before, restarts = None, 0
     while True:
-        # The ranks of an elastic job come and go.
-        watch = Watch(ranks.np, 0.0 if ranks.elastic else heartbeat, run.stacks)
+        watch = Watch(ranks.np, heartbeat, run.stacks, is_elastic=ranks.elastic is not None)
         try:
             outcome = rank_processes.run_ranks(ranks, arguments("--resume" if resumes else "--output"), files, watch)
         except KeyboardInterrupt:

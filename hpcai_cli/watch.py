@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpcai_cli import rank_signals, stacks
+from hpcai_cli import console, rank_signals, stacks
 from hpcai_cli.pulse import OVER, SLOW, STALLED, WORKING
 from hpcai_cli.rank_signals import SSH_SECONDS
 
@@ -39,14 +39,16 @@ class Watch:
         np: how many ranks there are.
         seconds: for which one may be silent; 0 for ever.
         folder: where the ranks write their stacks.
+        is_elastic: the others go on without one that hangs, which is ended alone. A rank's number changes then, and two
+            may have begun with the same one: they are told apart by their process ids.
 
     Attributes:
         hang: what was found; empty as long as all is well.
         hung_rank: who hangs, where that is one.
     """
 
-    def __init__(self, np: int, seconds: float, folder: Path):
-        self._np, self._seconds, self._folder = np, seconds, folder
+    def __init__(self, np: int, seconds: float, folder: Path, *, is_elastic: bool = False):
+        self._np, self._seconds, self._folder, self._is_elastic = np, seconds, folder, is_elastic
         self._beats: dict[int, _Beat] = {}
         self._lock, self._held = threading.Lock(), 0
         self.hang, self.hung_rank = "", None
@@ -74,9 +76,10 @@ class Watch:
     def heard(self, rank: int, words: list[str]) -> None:
         """Take a beat: the words behind its mark."""
         with suppress(ValueError):
-            own, step, stride, state = words
+            own, step, stride, state, process = words
             if own == str(rank):
-                self._beats[rank] = _Beat(time.monotonic(), int(step), int(stride), state)
+                who = int(process) if self._is_elastic else rank
+                self._beats[who] = _Beat(time.monotonic(), int(step), int(stride), state)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -118,6 +121,8 @@ class Watch:
                 begun += now - last
                 self._forgive(now - last)
             last = now
+            if self._is_elastic:
+                self._end_silent(now, started)
             found = self._judge(now, begun, started)
             if found and process.poll() is None:
                 self.hang, self.hung_rank = found
@@ -132,7 +137,7 @@ class Watch:
     def _judge(self, now: float, begun: float, started: Mapping[int, tuple[int, str]]) -> tuple[str, int | None] | None:
         """Return what is wrong, and whose fault it is."""
         beats = dict(self._beats)
-        missing = [rank for rank in range(self._np) if rank not in beats]
+        missing = [] if self._is_elastic else [rank for rank in range(self._np) if rank not in beats]
         patience = max(SLOW * self._seconds, BEGIN_SECONDS)
         if missing and now - begun > patience:
             return f"{_names(missing, started)} did not begin within {patience:.0f} s", missing[0]
@@ -145,6 +150,17 @@ class Watch:
         if not missing and STALLED in states and WORKING not in states:
             return "no rank makes progress" if self._np > 1 else "the process makes no progress", None
         return None
+
+    def _end_silent(self, now: float, started: Mapping[int, tuple[int, str]]) -> None:
+        """End each process of an elastic job that gives no sign of life; one that is gone already gives none either."""
+        silent = {process for process, beat in list(self._beats.items()) if now - beat.heard > self._patience(beat)}
+        hung = {rank: place for rank, place in dict(started).items() if place[0] in silent}
+        for rank in hung:
+            console.note(f"{_names([rank], hung)} gives no sign of life for {self._seconds:.0f} s, and is ended")
+        rank_signals.send(hung, signal.SIGKILL)
+        for process in list(self._beats) if hung else silent:
+            # What the others have told of was that they wait for it.
+            self._beats.pop(process, None)
 
     def _patience(self, beat: _Beat) -> float:
         if beat.state == OVER:

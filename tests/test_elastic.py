@@ -190,7 +190,7 @@ def test_a_rank_that_is_killed_is_gone_on_without_and_comes_back(job, rank):
     assert code == 75, err
     alone, both = training.events("elastic")[:2]
     assert (alone["world_size"], alone["reason"]) == (1, "lost a rank")
-    assert (both["world_size"], both["reason"], both["lost_steps"]) == (2, "more ranks", 0)
+    assert (both["world_size"], both["reason"], both["lost_steps"]) == (2, "hosts changed", 0)
     # The time is the machine's affair; that it is short, and without another compilation, is ours.
     assert alone["time"] - killed < 20
     epochs = training.events("epoch")

@@ -115,4 +115,4 @@ def test_a_rank_that_this_program_started_says_where_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("HPCAI_RANKS", "1")
     launch.announce()
-    assert capsys.readouterr().err == f"\x1dhpcai-rank 3 {os.getpid()} {socket.gethostname()}\n"
+    assert capsys.readouterr().err == f"\x1dhpcai-rank 3 {os.getpid()} {socket.gethostname()} 4\n"

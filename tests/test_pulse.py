@@ -20,7 +20,7 @@ def supervised(monkeypatch):
 
 def beats(text: str) -> list[list[str]]:
     """Return rank, step, stride and state of each beat."""
-    return [line.split()[1:] for line in text.split("\n") if line.startswith("\x1dhpcai-beat ")]
+    return [line.split()[1:-1] for line in text.split("\n") if line.startswith("\x1dhpcai-beat ")]
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess:

@@ -163,10 +163,20 @@ def test_an_elastic_job_that_loses_all_ranks_was_ended_by_what_ended_the_first()
 def test_a_rank_that_becomes_rank_zero_is_heard_from_then_on(capsys):
     """Its lines go on to be tagged by the number that it had when it was started."""
     one, zero = "[1]<stderr>:", "[0]<stderr>:"
-    read("[0]<stdout>:first\n", f"{one}noise\n{zero}{launch.ANNOUNCEMENT} 0 4711 a\n"
-         f"{one}{launch.ANNOUNCEMENT} 1 4712 a\n{one}noise\n{one}{launch.ANNOUNCEMENT} 0 4712 a\n{one}heard\n",
+    read("[0]<stdout>:first\n", f"{one}noise\n{zero}{launch.ANNOUNCEMENT} 0 4711 a 2\n"
+         f"{one}{launch.ANNOUNCEMENT} 1 4712 a 2\n{one}noise\n{one}{launch.ANNOUNCEMENT} 0 4712 a 1\n{one}heard\n",
          is_elastic=True)
     assert capsys.readouterr() == ("first\n", "heard\n")
+
+
+def test_a_rank_that_is_lost_is_forgotten():
+    lines = [f"{tag}{launch.ANNOUNCEMENT} {words}\\n" for tag, words in (
+        ("[0]<stderr>:", "0 4711 a 2"), ("[1]<stderr>:", "1 4712 a 2"), ("[1]<stderr>:", "0 4712 a 1"))]
+    with subprocess.Popen(["printf", "".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        reader = rank_processes._Reader(process, "horovodrun", is_elastic=True)
+        reader._pump_tags(process.stdout, "stderr")
+    assert reader.processes == {0: (4712, "a")}
 
 
 # ---- Where the ranks are -------------------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def test_a_rank_that_becomes_rank_zero_is_heard_from_then_on(capsys):
 @pytest.mark.parametrize(("tag", "launcher"), [("[1]<stderr>:", "horovodrun"), ("[1,1]<stderr>:", "mpirun"),
                                                ("1: ", "srun")])
 def test_ranks_say_where_they_are_and_nobody_sees_it(capsys, tag, launcher):
-    words = f"{tag}{launch.ANNOUNCEMENT} 1 4711 b\n{tag}{launch.ANNOUNCEMENT} 0 4712 b\n{tag}{launch.ANNOUNCEMENT} x\n"
+    words = "".join(f"{tag}{launch.ANNOUNCEMENT} {said}\n" for said in ("1 4711 b 2", "0 4712 b 2", "x"))
     Path("words").write_text(words)
     with subprocess.Popen(["sh", "-c", "cat words >&2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:

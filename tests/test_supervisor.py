@@ -255,7 +255,7 @@ def test_what_may_go_well_the_next_time_is_tried_again(outcome, step, recorded, 
     if recorded:
         run.record_failure(rank=1, error=RuntimeError("it broke"), exit_code=recorded)
     for rank in ("0", "1"):
-        watch.heard(int(rank), [rank, str(step), "1", "working"])
+        watch.heard(int(rank), [rank, str(step), "1", "working", "7"])
     assert supervisor._failure(outcome, watch, run).is_transient is expected
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ def watch():
     """Two ranks whose first beats came just now, watched with 5 seconds of patience."""
     found = Watch(2, 5, Path("stacks"))
     for rank in (0, 1):
-        found.heard(rank, [str(rank), "8", "4", "working"])
+        found.heard(rank, [str(rank), "8", "4", "working", "7"])
     return found
 
 
@@ -37,48 +38,61 @@ def test_ranks_that_beat_are_well(watch):
 
 def test_who_is_silent_hangs(watch):
     watch._forgive(3)
-    watch.heard(0, ["0", "9", "4", "working"])
+    watch.heard(0, ["0", "9", "4", "working", "7"])
     assert judged(watch, 4.5) is None
     assert judged(watch, 5.1)[0] == "rank 0 on a gives no sign of life for 5 s", "rank 1 was forgiven for three more"
     assert judged(watch, 9) == ("rank 0 on a and rank 1 on b give no sign of life for 9 s", 0)
 
 
 def test_who_has_made_no_step_may_be_silent_longer(watch):
-    watch.heard(1, ["1", "-1", "1", "working"])
+    watch.heard(1, ["1", "-1", "1", "working", "7"])
     watch._forgive(0)
     assert judged(watch, 5.1)[1] == 0
     for rank in (0, 1):
-        watch.heard(rank, [str(rank), "-1", "1", "working"])
+        watch.heard(rank, [str(rank), "-1", "1", "working", "7"])
     assert judged(watch, 59) is None
     assert judged(watch, 61)[1] == 0
 
 
 def test_one_that_stands_still_may_wait_for_another_that_works(watch):
-    watch.heard(0, ["0", "8", "4", "stalled"])
+    watch.heard(0, ["0", "8", "4", "stalled", "7"])
     assert judged(watch, 0) is None
-    watch.heard(1, ["1", "8", "4", "stalled"])
+    watch.heard(1, ["1", "8", "4", "stalled", "7"])
     assert judged(watch, 0) == ("no rank makes progress", None)
-    watch.heard(1, ["1", "8", "4", "over"])
+    watch.heard(1, ["1", "8", "4", "over", "7"])
     assert judged(watch, 0) == ("no rank makes progress", None)
 
 
 def test_ranks_have_time_to_begin_and_to_end(watch):
     late = Watch(2, 5, Path("stacks"))
-    late.heard(0, ["0", "-1", "1", "working"])
+    late.heard(0, ["0", "-1", "1", "working", "7"])
     assert late._judge(time.monotonic() + 4, time.monotonic() - 295, STARTED) is None
     assert late._judge(time.monotonic() + 4, time.monotonic() - 297, STARTED) == (
         "rank 1 on b did not begin within 300 s", 1)
     for rank in (0, 1):
-        watch.heard(rank, [str(rank), "8", "4", "over"])
+        watch.heard(rank, [str(rank), "8", "4", "over", "7"])
     assert judged(watch, 299) is None
     assert judged(watch, 301)[1] == 0
 
 
-@pytest.mark.parametrize("words", ["", "0", "1 8 4 working", "0 x 4 working", "0 8 4 working now"])
+@pytest.mark.parametrize("words", ["", "0", "1 8 4 working 7", "0 x 4 working 7", "0 8 4 working 7 now"])
 def test_a_beat_that_cannot_be_read_is_none(words):
     watch = Watch(1, 5, Path("stacks"))
     watch.heard(0, words.split())
     assert not watch.all_began
+
+
+def test_of_an_elastic_job_who_is_silent_is_ended_and_the_others_go_on():
+    with subprocess.Popen(["sleep", "60"]) as hung:
+        watch = Watch(2, 5, Path("stacks"), is_elastic=True)
+        started = {0: (4_000_000, socket.gethostname()), 1: (hung.pid, socket.gethostname())}
+        # Two that have begun as rank 1: the one that was there before is rank 0 now, and goes on.
+        watch.heard(1, ["1", "8", "4", "working", str(hung.pid)])
+        watch._forgive(-10)
+        watch.heard(1, ["1", "9", "4", "stalled", "4000000"])
+        watch._end_silent(time.monotonic(), started)
+        assert hung.wait(10) == -signal.SIGKILL
+    assert watch._judge(time.monotonic(), time.monotonic(), started) is None, "the others have waited for it"
 
 
 # ---- Stacks --------------------------------------------------------------------------------------------------------

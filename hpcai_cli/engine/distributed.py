@@ -117,7 +117,7 @@ class Horovod:
         return (getenv(b"HPCAI_HOROVOD_FAILURE") or b"").decode(errors="replace")
 
     def tell_of_hosts(self, changed: Callable[[], None]) -> None:
-        """Call the function, in a thread of its own, when ranks can be had that don't take part; rank 0 learns it."""
+        """Call the function, in a thread of its own, when other ranks are to take part; rank 0 alone learns it."""
         from horovod.common.elastic import notification_manager
 
         notification_manager.init()

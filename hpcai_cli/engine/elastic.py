@@ -31,8 +31,9 @@ _CHUNK = 64 << 20
 _LOST = re.compile(r"Horovod has been shut down|gloo[/\\]|Horovod has not been initialized")
 
 
-class RanksChanged(Exception):
-    """Ranks can be had that don't take part yet; raised on all ranks after the same step, with the state committed."""
+class HostsChanged(Exception):
+    """Ranks can be had that don't take part yet, or some are to go; raised on all ranks after the same step, with the
+    state committed."""
 
 
 @dataclass
@@ -73,11 +74,11 @@ class Crew:
         self._position: dict | None = None
         self._arrays: list[np.ndarray] = []
         self._step, self._next_commit = 0, 0.0
-        self._can_grow = self.leads = False
+        self._has_news = self.leads = False
         ranks.tell_of_hosts(self._note_hosts)
 
     def _note_hosts(self) -> None:
-        self._can_grow = True
+        self._has_news = True
 
     # ---- While the ranks are together ------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ class Crew:
     def after_block(self, at: Position, wishes: Wishes) -> None:
         """Take note of the step, and on rank 0 wish for a commit when one is due or when ranks are waiting."""
         self._step = at.step
-        if self.ranks.rank == 0 and (self._can_grow or time.monotonic() >= self._next_commit):
+        if self.ranks.rank == 0 and (self._has_news or time.monotonic() >= self._next_commit):
             wishes.commit.assign(1.0)
 
     def commit(self, at: Position, variables: Sequence[keras.Variable], *, if_due: bool = False) -> None:
@@ -103,15 +104,15 @@ class Crew:
         ended = time.monotonic()
         self._next_commit = ended + max(COMMIT_SECONDS, (ended - started) / COMMIT_SHARE)
 
-    def look_for_ranks(self, wishes: Wishes) -> None:
-        """See together, after a commit, whether ranks can be had that don't take part.
+    def look_for_hosts(self, wishes: Wishes) -> None:
+        """See together, after a commit, whether other ranks are to take part.
 
         Raises:
-            RanksChanged: they can.
+            HostsChanged: they are.
         """
         wishes.commit.assign(0.0)
-        if self.ranks.gather(np.array([self._can_grow])).any():
-            raise RanksChanged
+        if self.ranks.gather(np.array([self._has_news])).any():
+            raise HostsChanged
 
     def recall(self, variables: Sequence[keras.Variable]) -> dict:
         """Give all ranks the state that counts, as of its last commit, and return the position."""
@@ -131,10 +132,11 @@ class Crew:
     def tell(self, at: Position) -> None:
         """Tell people on stderr that the job goes on with other ranks."""
         if self.news:
-            what = "more processes" if self.news["reason"] == "more ranks" else "a process was lost"
+            before, now = self.news["world_size_before"], self.ranks.size
+            what = "a process was lost" if self.news["reason"] == "lost a rank" else (
+                "more processes" if now > before else "fewer processes" if now < before else "nobody came")
             lost = f", {self.news['lost_steps']:,} steps back" if self.news["lost_steps"] else ""
-            console.note(f"{what}: {self.ranks.size} in place of {self.news['world_size_before']} go on after step "
-                         f"{at.step:,}{lost}")
+            console.note(f"{what}: {now} in place of {before} go on after step {at.step:,}{lost}")
 
     # ---- When they are not ------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class Crew:
 
         What is a rank's own failure ends the job, also where the others see no more of it than that it is gone.
         """
-        if isinstance(error, RanksChanged):
+        if isinstance(error, HostsChanged):
             return True
         return is_loss(error) and not (self.job and self.job.run.failure_file.is_file())
 
@@ -156,13 +158,13 @@ class Crew:
         """
         started, size = time.monotonic(), self.ranks.size
         # Before the meeting: what comes in meanwhile may be later than what it knows.
-        self._can_grow = False
+        self._has_news = False
         # One that comes has to start first.
         with self._pulse.slow():
             self._rejoin()
         launch.announce()
         committed = self._position["step"] if self._position else 0
-        self.news = {"reason": "more ranks" if isinstance(error, RanksChanged) else "lost a rank",
+        self.news = {"reason": "hosts changed" if isinstance(error, HostsChanged) else "lost a rank",
                      "world_size_before": size, "lost_steps": self._step - committed,
                      "seconds": round(time.monotonic() - started, 3)}
 

@@ -145,7 +145,7 @@ def train(job: Job, *, resume: bool) -> dict:
                 if crew:
                     crew.commit(at, [*model.variables, *optimizer.variables], if_due=pause is Pause.END)
                     if pause is Pause.COMMIT:
-                        crew.look_for_ranks(job.wishes)
+                        crew.look_for_hosts(job.wishes)
             own_ms = watch.own_ms(at.step)
             if pause is Pause.STOP:
                 stop_here()
