@@ -177,7 +177,7 @@ def job(tiny_folder):
 
 
 @needs_horovod
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_is_killed_is_gone_on_without_and_comes_back(job, rank):
     training = job("--epochs", 400)
     training.wait_for("epoch")
@@ -205,6 +205,7 @@ def test_a_rank_that_is_killed_is_gone_on_without_and_comes_back(job, rank):
 
 
 @needs_horovod
+@pytest.mark.long
 def test_a_rank_s_own_failure_is_the_job_s(job):
     code, out, err = job("--set", "break_rank=1").end()
     assert (code, out) == (2, ""), err
@@ -213,6 +214,7 @@ def test_a_rank_s_own_failure_is_the_job_s(job):
 
 
 @needs_horovod
+@pytest.mark.long
 def test_too_few_ranks_end_the_job(job):
     training = job("--min-np", 2, "--elastic-timeout", 1, "--epochs", 400, "--max-restarts", 0)
     training.wait_for("checkpoint")

@@ -211,7 +211,8 @@ def test_a_rank_that_is_killed_fails_a_job_without_restarts(folder, launcher):
 
 
 @needs_horovod
-@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
+@pytest.mark.parametrize("launcher", [pytest.param("horovodrun", marks=pytest.mark.long),
+                                      pytest.param("mpirun", marks=needs_mpirun)])
 def test_ranks_end_when_the_process_that_started_them_is_killed(folder, launcher):
     events, words = folder / "orphaned" / "events.jsonl", ("train", "./tiny.py", "--np", "2", "--launcher", launcher)
     with started(HPCAI, *words, "--epochs", "100000", "--output", "orphaned") as job:

@@ -136,7 +136,8 @@ def events(run: Path, kind: str) -> list[dict]:
 # ---- Ranks that die ------------------------------------------------------------------------------------------------
 
 @needs_horovod
-@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
+@pytest.mark.parametrize("launcher", [pytest.param("horovodrun", marks=pytest.mark.long),
+                                      pytest.param("mpirun", marks=needs_mpirun)])
 def test_a_killed_rank_costs_nothing_but_time(train, undisturbed, launcher):
     with train("--np", "2", "--launcher", launcher) as job:
         job.wait_for(3)
@@ -162,6 +163,7 @@ def test_a_single_process_is_restarted_where_that_is_asked_for(train, undisturbe
     assert_as_undisturbed(job.folder / "run", undisturbed(1))
 
 
+@pytest.mark.long
 def test_a_signal_in_a_pause_ends_it_and_the_run_can_be_resumed(train):
     with train("--max-restarts", "3") as job:
         job.wait_for(3)
@@ -198,6 +200,7 @@ def test_a_stopped_rank_is_found_and_the_training_goes_on(train, undisturbed):
         assert "in train\n" in (run / "stacks" / f"rank-{rank}.txt").read_text(), rank
 
 
+@pytest.mark.long
 @needs_horovod
 def test_ranks_that_are_all_stopped_are_found(train):
     with train("--np", "2", "--heartbeat", "5", "--max-restarts", "0") as job:
@@ -212,6 +215,7 @@ def test_ranks_that_are_all_stopped_are_found(train):
     assert (failure["exit_code"], failure["rank"]) == (1, 0)
 
 
+@pytest.mark.long
 @needs_horovod
 def test_a_deadlock_at_the_same_step_is_named_and_given_up(train):
     recipe = Path("tiny.py")
@@ -228,6 +232,7 @@ def test_a_deadlock_at_the_same_step_is_named_and_given_up(train):
     assert json.loads((job.folder / "run" / "failure.json").read_text())["rank"] == 1
 
 
+@pytest.mark.long
 @needs_horovod
 @needs_mpirun
 def test_ranks_that_somebody_else_has_started_end_where_they_hang(tiny_folder):
