@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from hpcai_cli.engine.serving import batching
 from hpcai_cli.engine.serving.batching import Batcher, Bounds, Cost
 from hpcai_cli.engine.serving.tensors import RequestError
 
@@ -118,7 +119,9 @@ def test_a_delay_waits_for_more_but_not_for_more_than_a_batch(kit):
 
 
 @COSTS
-def test_no_answer_reaches_another_request(kit, cost):
+def test_no_answer_reaches_another_request(kit, cost, monkeypatch):
+    # A machine that stands still for half a second would have some refused.
+    monkeypatch.setattr(batching, "WAITING_SECONDS", 60)
     source = np.random.default_rng(0)
 
     async def one(asked: Batcher, number: int) -> None:
