@@ -14,7 +14,7 @@ test: .venv/test horovod  ## run all tests; Horovod is built first, once
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m "not alone and not long and not cluster"
 	$(BIN)/python -m pytest -m "alone and not long"
 
-test-long: .venv/test horovod  ## the tests that train again and again, some minutes more
+test-long: .venv/test horovod  ## the tests that train or start ranks again and again
 	$(BIN)/python -m pytest -m long
 
 test-hosts: .venv/test horovod  ## training over two hosts, network namespaces of this machine: needs root, and gets ssh
