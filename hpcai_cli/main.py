@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from hpcai_cli import __version__, console
+from hpcai_cli import __version__, console, fast_loading
 from hpcai_cli.commands.benchmark import benchmark
 from hpcai_cli.commands.benchmark_all import benchmark_all
 from hpcai_cli.commands.compress import compress
@@ -31,6 +31,7 @@ class _FrontDoor(TyperGroup):
         # TensorFlow reads these when it loads; whatever the user has set stays.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+        fast_loading.hasten()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 # A file name need not be valid text; it is printed as the bytes that it is.

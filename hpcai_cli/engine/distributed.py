@@ -150,10 +150,8 @@ class Horovod:
         tensors = [tf.convert_to_tensor(gradient) for gradient in gradients]
         sent = [tf.cast(tensor, tf.float16) for tensor in tensors] if half else tensors
         if adasum:
-            # One by one, since upstream's grouped form fails for it; Horovod fuses them all the same. What it asks the
-            # machine meanwhile is nothing to compile.
-            combine = tf.autograph.experimental.do_not_convert(self._hvd.allreduce)
-            reduced = [combine(each, op=self._hvd.Adasum, name=f"{GRADIENTS}.{number}")
+            # One by one, since upstream's grouped form fails for it; Horovod fuses them all the same.
+            reduced = [self._hvd.allreduce(each, op=self._hvd.Adasum, name=f"{GRADIENTS}.{number}")
                        for number, each in enumerate(sent)]
             reduced += self._averaged([*averages, sums])
         else:

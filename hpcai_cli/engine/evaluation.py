@@ -55,7 +55,8 @@ def main_metric(recipe: Recipe) -> str:
 def forward(model, recipe: Recipe) -> Callable:
     """Compile the model's inference, NumPy in and out: inputs as stored -> the task's scores, float32 (b, columns)."""
     task = task_of(recipe)
-    compiled = tf.function(lambda inputs: task.scores(model(inputs, training=False)), reduce_retracing=True)
+    compiled = tf.function(lambda inputs: task.scores(model(inputs, training=False)), autograph=False,
+                           reduce_retracing=True)
     return lambda inputs: compiled(tf.constant(inputs)).numpy()
 
 

@@ -64,6 +64,11 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     trainable = model.trainable_variables
     statistics = moving_statistics(model)
 
+    @tf.function
+    def augmented(inputs, seed):
+        # AutoGraph is for the recipe's function alone, which may branch: converting ours takes longer than tracing it.
+        return augment(inputs, seed)
+
     def losses_of(labels, scores):
         losses = task.losses(labels, scores)
         return losses if weight_of_class is None else losses * tf.cast(tf.gather(weight_of_class, labels), losses.dtype)
@@ -107,7 +112,7 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
 
     def step(inputs, labels, weights, seed):
         if augment is not None:
-            inputs = augment(inputs, seed)
+            inputs = augmented(inputs, seed)
         gradients, sums = (gradients_of if recipe.accumulation_steps == 1 else accumulated)(
             inputs, labels, weights, seed)
         size = ranks.size_in_step()
@@ -127,7 +132,7 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
             pruning.apply(before, getattr(optimizer, "inner_optimizer", optimizer).iterations)
         return sums
 
-    @tf.function
+    @tf.function(autograph=False)
     def steps(inputs, labels, weights, seed, count):
         def one(number, halted, rows):
             # Step and rank have a seed of their own, which resuming finds again.
@@ -170,7 +175,7 @@ def mixed(inputs: tf.Tensor, seed: tf.Tensor, *, alpha: float) -> tuple[tf.Tenso
     Returns:
         float32 inputs, and float32 (b,) in [0.5, 1], the share of each example that is its own.
     """
-    draws = tf.random.stateless_gamma([2, len(inputs)], seed + [5, 0], alpha)
+    draws = tf.random.stateless_gamma([2, tf.shape(inputs)[0]], seed + [5, 0], alpha)
     share = draws[0] / tf.maximum(draws[0] + draws[1], 1e-20)
     # The larger share is the example's own, so that the measure of the training still means something.
     share = tf.maximum(share, 1 - share)

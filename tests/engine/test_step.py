@@ -143,6 +143,22 @@ def test_augmentation_sees_the_step_s_seed():
     assert sums[0][0] == pytest.approx(math.log(3), rel=1e-5)
 
 
+def test_augmentation_may_branch_on_what_it_sees():
+    """AutoGraph makes a graph of it, though not of our own code."""
+    def augment(inputs, seed):
+        if seed[1] > 0:  # noqa: SIM108
+            inputs = inputs * 0.0
+        else:
+            inputs = inputs + 1.0
+        return inputs
+
+    batches = [even(*examples(4))] * 2
+    _, _, sums = run(RECIPE, batches, augment=augment)
+    (inputs, *others), _ = batches
+    _, _, plain = run(RECIPE, [[inputs + 1.0, *others], [inputs * 0.0, *others]])
+    np.testing.assert_array_equal(sums, plain)
+
+
 def test_no_step_follows_the_one_in_which_the_wish_to_stop_is_seen():
     wishes = Wishes()
     _, _, sums = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
