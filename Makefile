@@ -50,7 +50,7 @@ fuzz-server: .venv/test  ## 10,000 wrong requests to a running server; SCHEMATHE
 soak: .venv/test  ## 20 minutes of load on the server, with reloads, too much of it, a killed worker and the end
 	$(BIN)/python tests/soak.py
 
-faults: .venv/test horovod  ## trainings that are killed, stopped and disturbed, an hour: nothing may be lost; FAULTS="--seed 1 --only kills-1"
+faults: .venv/test horovod  ## trainings that are killed, stopped and disturbed: nothing may be lost; FAULTS="--seed 1 --only kills-1"
 	$(BIN)/python tests/faults.py $(FAULTS)
 
 wheel: .venv/test  ## build the wheel, install it in an empty environment elsewhere, and run it

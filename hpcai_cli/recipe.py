@@ -162,6 +162,10 @@ class Recipe:
                     raise UsageError(f"recipe {self.name}: {option}={value} brings {name}, which fits no field or "
                                      "option", expected="values of the same types", received=setting)
 
+    def peak_learning_rate(self, size: int) -> float:
+        """Return the schedule's highest learning rate in a job of `size` ranks, by learning_rate_scaling."""
+        return self.learning_rate * {"linear": size, "sqrt": size**0.5, "none": 1.0}[self.learning_rate_scaling]
+
     def override(self, assignments: Mapping[str, str]) -> "Recipe":
         """Return the recipe with some fields or options set from text, typed by their defaults.
 

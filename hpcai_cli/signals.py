@@ -71,7 +71,8 @@ class StopRequest:
                     return
 
     def _receive(self, number: int, frame) -> None:
-        self.ask(signal.Signals(number).name)
+        # Who is to be told is told by the thread: the main one may be in the middle of compiling a step.
+        self.received = self.received or signal.Signals(number).name
         self._signals += 1
         if self._signals > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -40,7 +40,8 @@ class TimeLimit:
         def watch() -> None:
             while not done.wait(_LOOK_SECONDS):
                 self._ask_slurm()
-                for name, end in self._ends.items():
+                # The training may take over limits meanwhile.
+                for name, end in tuple(self._ends.items()):
                     if end - time.monotonic() < self._margin(name):
                         stop.ask(f"the time limit ({name})")
                         return

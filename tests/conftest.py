@@ -101,6 +101,29 @@ def tiny_folder(tmp_path, monkeypatch, tiny_recipe) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def ranks_in() -> Callable[[Path], dict[int, int]]:
+    """Return a function folder -> process id of each rank that works there, by the environment of its process."""
+    program = os.fsencode(Path(sys.executable).parent / "hpcai")
+
+    def found(folder: Path) -> dict[int, int]:
+        ranks = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                words, here = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "cwd").readlink()
+            except OSError:
+                continue
+            # Not the program that starts them, nor a shell with the same variables.
+            names = [each.partition(b"=")[2] for each in environment
+                     if each.startswith((b"HOROVOD_RANK=", b"OMPI_COMM_WORLD_RANK="))]
+            if here == folder and program in words[:2] and (names or b"HPCAI_RANKS=1" in environment):
+                ranks[int(names[0]) if names else 0] = int(entry.name)
+        return ranks
+
+    return found
+
+
 @pytest.fixture(scope="session")
 def train_mnist(shared_data, tmp_path_factory) -> Callable[..., tuple[list[str], float]]:
     """Return a function epochs -> (words of a training on all of MNIST, the accuracy that two ranks reach by --np)."""

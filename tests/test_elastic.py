@@ -134,26 +134,9 @@ class Job:
             assert self.process.poll() is None and time.monotonic() < deadline, self.process.stderr.read()
             time.sleep(0.05)
 
-    def process_of(self, rank: int) -> int:
-        """Return the process that was started as this rank; a shell with the same variables stands before it."""
-        found = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()
-                 and _is_rank(folder, rank, Path("run").absolute())]
-        assert len(found) == 1, found
-        return found[0]
-
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=200)
         return self.process.returncode, out, err
-
-
-def _is_rank(folder: Path, rank: int, run: Path) -> bool:
-    try:
-        variables = (folder / "environ").read_bytes().split(b"\0")
-        words = (folder / "cmdline").read_bytes().split(b"\0")
-        return (f"HOROVOD_RANK={rank}".encode() in variables and b"train" in words and os.fsencode(run.name) in words
-                and (folder / "cwd").readlink() == run.parent)
-    except OSError:
-        return False
 
 
 @pytest.fixture
@@ -178,11 +161,11 @@ def job(tiny_folder):
 
 @needs_horovod
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_a_rank_that_is_killed_is_gone_on_without_and_comes_back(job, rank):
+def test_a_rank_that_is_killed_is_gone_on_without_and_comes_back(job, ranks_in, rank):
     training = job("--epochs", 400)
     training.wait_for("epoch")
     killed = time.time()
-    os.kill(training.process_of(rank), signal.SIGKILL)
+    os.kill(ranks_in(Path.cwd())[rank], signal.SIGKILL)
     training.wait_for("elastic", 2)
     training.wait_for("first_step", 3)
     training.process.send_signal(signal.SIGTERM)
@@ -215,10 +198,10 @@ def test_a_rank_s_own_failure_is_the_job_s(job):
 
 @needs_horovod
 @pytest.mark.long
-def test_too_few_ranks_end_the_job(job):
+def test_too_few_ranks_end_the_job(job, ranks_in):
     training = job("--min-np", 2, "--elastic-timeout", 1, "--epochs", 400, "--max-restarts", 0)
     training.wait_for("checkpoint")
-    os.kill(training.process_of(1), signal.SIGKILL)
+    os.kill(ranks_in(Path.cwd())[1], signal.SIGKILL)
     code, out, err = training.end()
     assert (code, out) == (1, ""), err
     assert "error: fewer than --min-np processes could be had in time" in err and "--resume run" in err

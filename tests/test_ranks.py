@@ -197,12 +197,12 @@ def test_the_first_failing_rank_is_named(folder):
 
 @needs_horovod
 @pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
-def test_a_rank_that_is_killed_fails_a_job_without_restarts(folder, launcher):
+def test_a_rank_that_is_killed_fails_a_job_without_restarts(folder, ranks_in, launcher):
     events = folder / "killed" / "events.jsonl"
     with started(HPCAI, "train", "./tiny.py", "--np", "2", "--launcher", launcher, "--epochs", "100000", "--output",
                  "killed", "--max-restarts", "0") as job:
         wait_until(lambda: events.exists() and events.read_text().count('"epoch"') > 2, job)
-        os.kill(process_of_rank(1, str(folder)), signal.SIGKILL)
+        os.kill(ranks_in(folder)[1], signal.SIGKILL)
         _, errors = job.communicate(timeout=90)
     assert job.returncode == 1, errors
     assert "error: rank 1 was ended by SIGKILL" in errors and errors.count("error:") == 1, errors
@@ -269,21 +269,6 @@ def test_np_without_horovod_is_an_error(folder, tmp_path):
     assert done.returncode == 4
     assert "hpcai doctor --build-horovod" in done.stderr
     assert not (folder / "runs").exists()
-
-
-def process_of_rank(rank, folder):
-    """Return the process id of a rank that works in the folder, by its environment."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            here = os.readlink(entry / "cwd")
-        except OSError:
-            continue
-        names = (f"HOROVOD_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode())
-        if any(name in environment for name in names) and HPCAI.encode() in words[:2] and here == folder:
-            return int(entry.name)
-    raise AssertionError("no such rank")
 
 
 def wait_until(condition, process, seconds=60):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,8 +48,8 @@ needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun
 class Job:
     """A training that runs, in the folder `run`."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen):
-        self.folder, self.process = folder, process
+    def __init__(self, folder: Path, process: subprocess.Popen, ranks: Callable[[], dict[int, int]]):
+        self.folder, self.process, self.ranks = folder, process, ranks
 
     def wait_for(self, checkpoints: int) -> None:
         events = self.folder / "run" / "events.jsonl"
@@ -58,22 +59,6 @@ class Job:
             assert time.monotonic() < end, "the training does not come that far"
             time.sleep(0.02)
 
-    def ranks(self) -> dict[int, int]:
-        """Return the process id of each rank, by its environment."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                here = os.readlink(entry / "cwd")
-            except OSError:
-                continue
-            if here == str(self.folder) and HPCAI.encode() in words[:2] and b"HPCAI_RANKS=1" in environment:
-                ranks = [each.partition(b"=")[2] for each in environment
-                         if each.startswith((b"HOROVOD_RANK=", b"OMPI_COMM_WORLD_RANK="))]
-                found[int(ranks[0]) if ranks else 0] = int(entry.name)
-        return found
-
     def end(self) -> tuple[int, str]:
         """Wait for the end, and return exit code and stderr."""
         _, errors = self.process.communicate(timeout=200)
@@ -81,13 +66,13 @@ class Job:
 
 
 @pytest.fixture
-def train(tiny_folder):
+def train(tiny_folder, ranks_in):
     """Return a context in which a training of the tiny recipe runs, with these words."""
     @contextmanager
     def started(*words: str):
         with subprocess.Popen([HPCAI, "train", "./tiny.py", "--epochs", "40", "--output", "run", *words],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            job = Job(tiny_folder, process)
+            job = Job(tiny_folder, process, lambda: ranks_in(tiny_folder))
             try:
                 yield job
             finally:

@@ -46,9 +46,9 @@ class Writer:
         return bool(self._thread and self._thread.is_alive())
 
     def has(self, step: int) -> bool:
-        """Tell whether a step's checkpoint is on the disk or on its way there."""
-        return self.is_busy or bool(self._best and self._best.step == step) or (
-            checkpoint.path_of(self._folder, step).is_dir())
+        """Tell whether a step's checkpoint is on the disk, or kept for it as that of the best epoch."""
+        self._wait()
+        return bool(self._best and self._best.step == step) or checkpoint.path_of(self._folder, step).is_dir()
 
     def write(self, state: State) -> None:
         """Begin to write a checkpoint, when the one before it is done."""

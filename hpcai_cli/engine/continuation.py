@@ -19,7 +19,7 @@ def what_follows(before: Recipe, after: Recipe, manifest: dict, facts: dict, ver
     found, sizes = [], (manifest.get("world_size"), facts["world_size"])
     size = sizes[0] if isinstance(sizes[0], int) and sizes[0] > 0 else facts["world_size"]
     one, other = _batch(before) * size, _batch(after) * facts["world_size"]
-    rates = before.learning_rate * _growth(before, size), after.learning_rate * _growth(after, facts["world_size"])
+    rates = before.peak_learning_rate(size), after.peak_learning_rate(facts["world_size"])
     if one != other:
         found.append(f"a step takes {other:,} examples in place of {one:,}, from here on; each of an epoch's is still "
                      "seen once")
@@ -48,7 +48,3 @@ def what_follows(before: Recipe, after: Recipe, manifest: dict, facts: dict, ver
 
 def _batch(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.accumulation_steps
-
-
-def _growth(recipe: Recipe, size: int) -> float:
-    return {"linear": float(size), "sqrt": size**0.5, "none": 1.0}[recipe.learning_rate_scaling]

@@ -15,6 +15,7 @@ from hpcai_cli import console, launch
 from hpcai_cli.engine.checkpoint import Position
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.learning_rates import ChangingRates
+from hpcai_cli.engine.model import is_random_state
 from hpcai_cli.engine.step import Wishes
 from hpcai_cli.engine.timed_ranks import LagWatch
 from hpcai_cli.errors import HpcaiError, MissingError
@@ -48,6 +49,16 @@ class Built:
     validate: Callable[[], dict]
     watch: LagWatch
     keeper: Any = None
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All state of model and optimizer."""
+        return [*self.model.variables, *self.optimizer.variables]
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """Of these what all ranks should hold alike: not the state of their random generators."""
+        return [variable for variable in self.variables if not is_random_state(variable)]
 
 
 class Crew:

@@ -12,6 +12,7 @@ from hpcai_cli.engine.checkpoint_writer import Writer
 from hpcai_cli.engine.distributed import Horovod, Serial, on_rank_zero
 from hpcai_cli.engine.replicas import Replicas
 from hpcai_cli.engine.step import Wishes
+from hpcai_cli.errors import HpcaiError
 from hpcai_cli.pulse import Pulse
 from hpcai_cli.run import Run
 from hpcai_cli.time_limit import TimeLimit
@@ -74,8 +75,8 @@ class Keeper:
             self._writer.write(State(**self._at.copied(), fingerprint=self._fingerprint, arrays=arrays))
 
     def take_over(self) -> None:
-        """See that the best epoch's checkpoint is on the disk or on its way there, after ranks of an elastic job met
-        again: the rank that was to write it may be gone."""
+        """See that there is the best epoch's checkpoint, after ranks of an elastic job met again: the rank that was to
+        write it may be gone."""
         step, best = self._at.best.get("step"), self._at.best.get("epoch")
         if step is None or on_rank_zero(self._ranks, lambda: self._writer.has(step)):
             return
@@ -85,6 +86,14 @@ class Keeper:
         console.note(f"the best epoch so far, {best}, cannot be chosen any more: its checkpoint was lost with a "
                      "process")
         self._at.best = {}
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Wait for what is on its way to the disk, but not where other ranks of an elastic job wait for this one."""
+        if self._writer and (kind is None or issubclass(kind, HpcaiError)):
+            self._writer.finish()
 
     def finish(self) -> str:
         """Wait until all is on the disk; return why the last checkpoint is not, alike on every rank."""

@@ -8,8 +8,7 @@ from hpcai_cli.recipe import Recipe
 
 def learning_rates(recipe: Recipe, *, steps_per_epoch: int, size: int) -> keras.optimizers.schedules.CosineDecay:
     """Return the recipe's learning-rate schedule for a job of `size` ranks."""
-    growth = {"linear": float(size), "sqrt": size**0.5, "none": 1.0}[recipe.learning_rate_scaling]
-    peak = recipe.learning_rate * growth
+    peak = recipe.peak_learning_rate(size)
     total = steps_per_epoch * recipe.epochs
     warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
     return keras.optimizers.schedules.CosineDecay(

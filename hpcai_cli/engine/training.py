@@ -20,7 +20,6 @@ from hpcai_cli.engine.learning_rates import ChangingRates
 from hpcai_cli.engine.model import (
     adapt,
     build,
-    is_random_state,
     settle_statistics,
     spread_random_state,
 )
@@ -43,78 +42,27 @@ def train(job: Job, *, resume: bool) -> dict:
         DivergedError: the loss is no number, or the ranks fell out of step.
         DataError: the checkpoint or the data don't belong to this run.
     """
-    recipe, ranks, replicas, run = job.recipe, job.ranks, job.replicas, job.run
+    recipe, replicas, crew = job.recipe, job.replicas, job.crew
     if recipe.gradient_reduction == "adasum":
-        ranks.require_adasum()
-    started = job.crew.started if job.crew else time.monotonic()
+        job.ranks.require_adasum()
+    started = crew.started if crew else time.monotonic()
     if job.energy:
         job.energy.start()
-
-    # ---- Build everything; rank 0's values count, or those of ranks that go on in an elastic job.
-    crew = job.crew
-    built = crew.built if crew else None
-    is_recalled = crew is not None and crew.holder is not None
     split = job.dataset.split("train")
     pipeline = Pipeline(job.teacher.joined(split) if job.teacher else split, seed=recipe.seed, rank=replicas.rank,
                         size=replicas.size, batch_size=recipe.batch_size * recipe.accumulation_steps,
                         is_elastic=crew is not None)
-    model = built.model if built else build(recipe, job.build_model)
-    if not resume and not is_recalled:
-        on_rank_zero(ranks, lambda: adapt(recipe, model, job.adapt, split.inputs, split.labels))
-    replicas.split(model, recipe.input_shape)
-    counts = {"steps_per_epoch": pipeline.steps_per_epoch, "size": replicas.size}
-    rates = built.rates if built else (ChangingRates(recipe, **counts) if crew else None)
-    optimizer = built.optimizer if built else build_optimizer(recipe, **counts, schedule=rates)
-    if built:
-        rates.follow(**counts)
-    else:
-        optimizer.build(model.trainable_variables)
-        replicas.attach(model, optimizer)
-    if is_recalled:
-        at = Position(**crew.recall([*model.variables, *optimizer.variables]))
-    else:
-        # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
-        at = Position(**on_rank_zero(ranks, lambda: vars(_resumed(job, model, optimizer)) if resume else {}))
-    # Counted from the epoch's end, since its rest may take another number of steps than this job's size would have.
-    place = (at.epoch + 1) * pipeline.steps_per_epoch - -(-(len(split) - at.cursor) // pipeline.global_batch_size)
-    if place != at.step or is_recalled:
-        # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
-        getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
-    if not is_recalled:
-        replicas.broadcast(model, optimizer)
-    settle_statistics(model)
-    spread_random_state(model, replicas.rank)
-    weights = [variable for variable in (*model.variables, *optimizer.variables) if not is_random_state(variable)]
-    if recipe.sync_batch_norm and not built:
-        batch_norm.synchronize(model, ranks)
-    replicas.prove(weights, when="at the start")
-    built = built or _compiled(job, pipeline, model, optimizer, rates)
-    watch, final_epoch = built.watch, recipe.epochs - round(recipe.final_share * recipe.epochs)
-    watch.forget()
-    board = history.Board(run.tensorboard if job.tensorboard and ranks.rank == 0 else None)
-    if is_recalled:
-        crew.tell(at)
-    _event(job, "elastic" if is_recalled else "resumed" if resume else "started", step=at.step, epoch=at.epoch,
-           cursor=at.cursor, world_size=ranks.size, **(crew.news if is_recalled else {}))
-    keeper = Keeper(run, job.cadence, ranks, replicas, job.wishes, job.limit, at=at, model=model, optimizer=optimizer,
-                    fingerprint=job.dataset.fingerprint, weights=weights, is_kept=resume and not is_recalled,
-                    pulse=job.pulse, before=built.keeper)
-    built.keeper = keeper
-    job.wishes.begin()
-    job.stop.tell(lambda: job.wishes.stop.assign(1.0))
-    if crew:
-        crew.built = built
-        if is_recalled:
-            keeper.take_over()
-        crew.commit(at, [*model.variables, *optimizer.variables])
+    built, at = _set_up(job, pipeline, resume=resume)
+    keeper, watch, final_epoch = built.keeper, built.watch, recipe.epochs - round(recipe.final_share * recipe.epochs)
+    board = history.Board(job.run.tensorboard if job.tensorboard and job.ranks.rank == 0 else None)
 
     # ---- Train.
     total, first, done = len(split) * recipe.epochs, at.step + 1, at.epoch * len(split) + at.cursor
-    with console.progress("training", total=total, unit=history.unit(recipe), done=done) as shown:
+    with console.progress("training", total=total, unit=history.unit(recipe), done=done) as shown, keeper:
         def after_block() -> bool:
             if at.step == first:
                 # The second proof: gradients really are averaged, or the first step sets the ranks apart.
-                replicas.prove(weights, when="after the first step")
+                replicas.prove(built.weights, when="after the first step")
                 _event(job, "first_step", step=at.step)
                 # It warms up, which nobody else waits for again.
                 watch.restart(at.step)
@@ -139,26 +87,26 @@ def train(job: Job, *, resume: bool) -> dict:
                 started_again = time.monotonic()
                 pause = run_blocks(job, at, chosen, blocks, after_block)
                 at.seconds += time.monotonic() - started_again
-                if pause in (Pause.SAVE, Pause.STOP):
-                    prove_finite(job, model, at)
+                if pause is not Pause.COMMIT:
+                    prove_finite(job, built.model, at)
+                if pause is Pause.SAVE:
                     keeper.save()
                 if crew:
-                    crew.commit(at, [*model.variables, *optimizer.variables], if_due=pause is Pause.END)
+                    crew.commit(at, built.variables, if_due=pause is Pause.END)
                     if pause is Pause.COMMIT:
                         crew.look_for_hosts(job.wishes)
             own_ms = watch.own_ms(at.step)
             if pause is Pause.STOP:
                 stop_here()
-            prove_finite(job, model, at)
             try:
-                row = _finish_epoch(job, at, optimizer, built.validate)
+                row = _finish_epoch(job, at, built.optimizer, built.validate)
             except evaluation.AbandonedError:
                 stop_here()
             if own_ms:
                 _event(job, "ranks", epoch=row["epoch"], own_step_ms=own_ms)
             board.write(row, at.step)
             if crew:
-                crew.commit(at, [*model.variables, *optimizer.variables])
+                crew.commit(at, built.variables)
             keeper.after_epoch(is_last=at.epoch == recipe.epochs or _out_of_patience(recipe, at))
             shown.line(history.sentence(recipe, row))
             if _anyone_stopped(job):
@@ -171,11 +119,76 @@ def train(job: Job, *, resume: bool) -> dict:
         job.profiler.close()
     if at.best and at.best["step"] != at.step:
         keeper.restore_best()
-        settle_statistics(model)
+        settle_statistics(built.model)
     try:
-        return _finish(job, at, model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
+        return _finish(job, at, built.model, seconds=time.monotonic() - started, samples=at.epoch * len(split) - done)
     except evaluation.AbandonedError:
         _stop(job, at, keeper, samples=at.epoch * len(split) - done)
+
+
+def _set_up(job: Job, pipeline: Pipeline, *, resume: bool) -> tuple[elastic.Built, Position]:
+    """Build everything, or take what a rank of an elastic job has built before, and return it with its place.
+
+    Rank 0's values count, or those of the ranks that go on in an elastic job.
+    """
+    recipe, ranks, replicas, crew = job.recipe, job.ranks, job.replicas, job.crew
+    is_recalled = crew is not None and crew.holder is not None
+    counts = {"steps_per_epoch": pipeline.steps_per_epoch, "size": replicas.size}
+    built = crew.built if crew else None
+    if built:
+        model, optimizer, rates = built.model, built.optimizer, built.rates
+        replicas.split(model, recipe.input_shape)
+        rates.follow(**counts)
+    else:
+        model, split = build(recipe, job.build_model), job.dataset.split("train")
+        if not resume and not is_recalled:
+            on_rank_zero(ranks, lambda: adapt(recipe, model, job.adapt, split.inputs, split.labels))
+        replicas.split(model, recipe.input_shape)
+        rates = ChangingRates(recipe, **counts) if crew else None
+        optimizer = build_optimizer(recipe, **counts, schedule=rates)
+        optimizer.build(model.trainable_variables)
+        replicas.attach(model, optimizer)
+    at = _placed(job, pipeline, model, optimizer, resume=resume, is_recalled=is_recalled)
+    if recipe.sync_batch_norm and not built:
+        batch_norm.synchronize(model, ranks)
+    built = built or _compiled(job, pipeline, model, optimizer, rates)
+    replicas.prove(built.weights, when="at the start")
+    built.watch.forget()
+    if is_recalled:
+        crew.tell(at)
+    _event(job, "elastic" if is_recalled else "resumed" if resume else "started", step=at.step, epoch=at.epoch,
+           cursor=at.cursor, world_size=ranks.size, **(crew.news if is_recalled else {}))
+    built.keeper = Keeper(job.run, job.cadence, ranks, replicas, job.wishes, job.limit, at=at, model=model,
+                          optimizer=optimizer, fingerprint=job.dataset.fingerprint, weights=built.weights,
+                          is_kept=resume and not is_recalled, pulse=job.pulse, before=built.keeper)
+    job.wishes.begin()
+    job.stop.tell(lambda: job.wishes.stop.assign(1.0))
+    if crew:
+        crew.built = built
+        if is_recalled:
+            built.keeper.take_over()
+        crew.commit(at, built.variables)
+    return built, at
+
+
+def _placed(job: Job, pipeline: Pipeline, model, optimizer, *, resume: bool, is_recalled: bool) -> Position:
+    """Give every rank the values that count, and return where they stand."""
+    if is_recalled:
+        at = Position(**job.crew.recall([*model.variables, *optimizer.variables]))
+    else:
+        # The resumed state comes before the broadcast, and only to rank 0: a checkpoint is read once, not n times.
+        at = Position(**on_rank_zero(job.ranks, lambda: vars(_resumed(job, model, optimizer)) if resume else {}))
+    # Counted from the epoch's end, since its rest may take another number of steps than this job's size would have.
+    left = len(job.dataset.split("train")) - at.cursor
+    place = (at.epoch + 1) * pipeline.steps_per_epoch - -(-left // pipeline.global_batch_size)
+    if place != at.step or is_recalled:
+        # The schedule counts steps of this job's size, which need not be that of the job that wrote the checkpoint.
+        getattr(optimizer, "inner_optimizer", optimizer).iterations.assign(place)
+    if not is_recalled:
+        job.replicas.broadcast(model, optimizer)
+    settle_statistics(model)
+    spread_random_state(model, job.replicas.rank)
+    return at
 
 
 def _compiled(job: Job, pipeline: Pipeline, model, optimizer, rates: ChangingRates | None) -> elastic.Built:
