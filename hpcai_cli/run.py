@@ -4,16 +4,21 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpcai_cli.errors import DataError, HpcaiError, UsageError
 from hpcai_cli.recipe import Recipe
 
-_BEGUN = re.compile(r"\.lock|\.writable|\.(manifest|recipe)\.json\..*|manifest\.json")
+_BEGUN = re.compile(r"\.lock|\.writable|\.(manifest\.json|recipe\.json|copying)\..*|manifest\.json")
 """What a training leaves that was killed before it had described itself; recipe.json, which makes a run, comes last."""
+
+
+_COPYING = ".copying"
+"""In a folder to which another run is being copied."""
 
 
 class Run:
@@ -51,6 +56,7 @@ class Run:
         try:
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
+                cls(output)._remove_part_of_copy()
                 if not all(_BEGUN.fullmatch(entry.name) for entry in output.iterdir()):
                     raise UsageError("the output folder is not empty", expected="a new or empty folder",
                                      mend=f"give another --output, or continue it with `--resume {output}`",
@@ -128,6 +134,22 @@ class Run:
             raise DataError(f"{self.result_file} holds no decision_threshold", expected="a probability or null",
                             received=threshold)
         return threshold
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Mark the folder while another run is copied to it: what a kill leaves of that is no run, and in no way."""
+        mark = self.folder / _COPYING
+        write_bytes(mark, b"")
+        yield
+        mark.unlink()
+
+    def _remove_part_of_copy(self) -> None:
+        mark = self.folder / _COPYING
+        if mark.exists():
+            # With its recipe the copy was whole.
+            if not self.recipe_file.exists():
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            mark.unlink()
 
     def event(self, kind: str, **values) -> None:
         """Append one line to events.jsonl; what a full disk does not take is left out, and no reason to end."""

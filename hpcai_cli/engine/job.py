@@ -62,6 +62,8 @@ class Request:
     cadence: Cadence = Cadence()
     max_time: float | None = None
     """Seconds after which the training is to have saved itself."""
+    until_epoch: int | None = None
+    """The epoch after which it saves itself and ends."""
 
 
 def prepare(request: Request, *, size: int) -> tuple[Run, Path]:
@@ -154,7 +156,8 @@ def _train(request: Request, stop: StopRequest, pulse: Pulse, ranks, crew, threa
             profiler=request.profile and profiling.Profiler(
                 request.profile, run.profile, ranks, request.recipe, threads),
             energy=energy.JobMeter(ranks, request.power_file) if request.energy else None,
-            autotune_log=autotune_log, cadence=request.cadence, limit=limit, pulse=pulse, crew=crew)
+            autotune_log=autotune_log, cadence=request.cadence, limit=limit, pulse=pulse, crew=crew,
+            until_epoch=request.until_epoch)
         job.replicas = replicas.Replicas(ranks, request.tensor_parallel)
         if crew:
             crew.job = job
@@ -213,13 +216,14 @@ def _copy(run: Run, made: Run) -> None:
     Raises:
         DataError: its checkpoints don't verify.
     """
-    if checkpoint.exists(run.checkpoints):
-        state, passed = checkpoint.newest(run.checkpoints)
-        for reason in passed:
-            console.note(f"passed over: {reason}")
-        checkpoint.copy(run.checkpoints, made.checkpoints, state)
-    write_json(made.manifest_file, run.manifest() | {"resumed_from": str(run.folder.absolute())})
-    write_json(made.recipe_file, run.recipe().to_json())
+    with made.copying():
+        if checkpoint.exists(run.checkpoints):
+            state, passed = checkpoint.newest(run.checkpoints)
+            for reason in passed:
+                console.note(f"passed over: {reason}")
+            checkpoint.copy(run.checkpoints, made.checkpoints, state)
+        write_json(made.manifest_file, run.manifest() | {"resumed_from": str(run.folder.absolute())})
+        write_json(made.recipe_file, run.recipe().to_json())
 
 
 def fitted(recipe: Recipe, dataset: Dataset) -> Recipe:
