@@ -152,6 +152,7 @@ def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weight
     assert_same_bits("stopped", "whole")
 
 
+@pytest.mark.long
 @needs_horovod
 def test_stopped_as_two_processes_and_resumed_as_one_keeps_the_schedule(folder):
     """The schedule is of epochs: at their ends the learning rates are those of a training that never stopped."""
@@ -196,7 +197,7 @@ def test_the_first_failing_rank_is_named(folder):
 
 
 @needs_horovod
-@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
+@pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=[needs_mpirun, pytest.mark.long])])
 def test_a_rank_that_is_killed_fails_a_job_without_restarts(folder, ranks_in, launcher):
     events = folder / "killed" / "events.jsonl"
     with started(HPCAI, "train", "./tiny.py", "--np", "2", "--launcher", launcher, "--epochs", "100000", "--output",

@@ -138,6 +138,7 @@ def test_a_killed_rank_costs_nothing_but_time(train, undisturbed, launcher):
     assert not (run / "stacks").exists(), "nobody has written any"
 
 
+@pytest.mark.long
 def test_a_single_process_is_restarted_where_that_is_asked_for(train, undisturbed):
     with train("--max-restarts", "1") as job:
         job.wait_for(3)

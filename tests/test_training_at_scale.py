@@ -29,7 +29,6 @@ needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun
 EITHER = pytest.mark.parametrize("launcher", [pytest.param("horovodrun", marks=pytest.mark.long),
                                               pytest.param("mpirun", marks=needs_mpirun)])
 """Where the launcher should make no difference: one of them is enough for every day."""
-LAUNCHERS = pytest.mark.parametrize("launcher", ["horovodrun", pytest.param("mpirun", marks=needs_mpirun)])
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ def distance(one, other):
 # ---- The proof -----------------------------------------------------------------------------------------------------
 
 @needs_horovod
-@LAUNCHERS
+@EITHER
 def test_two_ranks_equal_one_process(with_layers, tiny_folder, launcher):
     with_layers(NORMALIZED + "keras.layers.GaussianNoise(0.1), ")
     done = train("--np", 2, "--launcher", launcher, "--prove", "--json", "--set", "dropout=0.5", "--set", "mixup=0.2",
@@ -97,6 +96,7 @@ def test_randomness_that_cannot_be_left_out(with_layers):
     assert done.stderr.count("error:") == 1
 
 
+@pytest.mark.long
 @needs_horovod
 def test_adasum_has_nothing_to_prove(tiny_folder):
     done = train("--np", 2, "--prove", "--set", "gradient_reduction=adasum")
@@ -167,6 +167,7 @@ ranks.stop()
     assert distance(average, adasum) > 1e-3
 
 
+@pytest.mark.long
 @needs_horovod
 @pytest.mark.parametrize(("words", "exit_code", "message"), [
     (["--np", 2, "--launcher", "horovodrun"], 4, "Adasum needs MPI"),

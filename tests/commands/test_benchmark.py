@@ -255,6 +255,7 @@ def test_preprocess_measures_the_photographs_that_can_be_used(hpcai, pets):
     assert 60 < memory["value"] < 600 and memory["holds"] is True
 
 
+@pytest.mark.long
 def test_photographs_measures_input_and_augmentation_and_leaves_the_precision_as_it_was(hpcai, monkeypatch):
     import keras
 
@@ -291,6 +292,7 @@ def test_nothing_is_measured_before_the_machine_is_watched(module):
     assert inspect.isgeneratorfunction(found.measure)
 
 
+@pytest.mark.long
 def test_serve_measures_our_server_and_leaves_others_out_with_a_note(hpcai, monkeypatch):
     from hpcai_cli.engine.benchmarks.load import serve
 

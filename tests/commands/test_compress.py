@@ -89,6 +89,7 @@ def test_the_same_command_gives_the_same_weights(hpcai, run):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.long
 def test_filters_really_go(hpcai, run):
     report = report_of(hpcai("compress", run, "--prune", "0.5", "--pattern", "filters", "--epochs", "3", "--json"))
     narrow, original = form(report, "narrow_0.5"), form(report, "original")
@@ -198,6 +199,7 @@ def test_a_bound_that_no_form_holds_is_exit_code_5(hpcai, run, monkeypatch):
     assert len(report["forms"]) == 4
 
 
+@pytest.mark.long
 def test_a_network_that_tflite_lacks_something_for_is_pruned_all_the_same(hpcai, run):
     Path("lanczos.py").write_text('''"""Digits made smaller."""
 
@@ -251,6 +253,7 @@ def test_an_impossible_target_is_exit_code_5(hpcai, run):
     assert "size" in done.stderr and "10 is asked for" in done.stderr
 
 
+@pytest.mark.long
 def test_a_network_that_cannot_be_cut_that_far_is_exit_code_5_and_said_in_the_report(hpcai, run):
     done = hpcai("compress", run, "--target", "macs=0.001%", "--json")
     assert done.exit_code == 5, done.stderr

@@ -128,6 +128,7 @@ def test_another_model_under_the_same_name_is_caught(hpcai, runs, monkeypatch):
     assert not Path("digits/exports/keras").exists()
 
 
+@pytest.mark.long
 def test_a_compressed_model(hpcai, runs, monkeypatch):
     from hpcai_cli.engine.compression import inference_cost
 

@@ -16,8 +16,9 @@ SMALL = {"width": "8", "units": "16", "bins": "8", "image_size": "64"}
 """What makes a model fast enough for a test, where the recipe has such an option."""
 OWN = {"dogs-vs-cats-transfer": {"width": "0.35", "weights": "none", "frozen": "true"}}
 """Where those would not do: that network comes in few widths, its weights from an address, and it learns slowly."""
-CASES = [(name, chosen) for name in RECIPES for chosen in
-         catalog.find(name).recipe.presets.get("architecture", {"": {}})]
+CASES = [pytest.param(name, chosen, marks=[pytest.mark.long] if number else []) for name in RECIPES for number, chosen
+         in enumerate(catalog.find(name).recipe.presets.get("architecture", {"": {}}))]
+"""Each recipe with each of its architectures; with the first one each day."""
 
 
 def settings_of(name: str, architecture: str) -> list[str]:

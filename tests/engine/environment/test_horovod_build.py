@@ -165,6 +165,7 @@ def test_an_interrupted_build_leaves_no_process_and_no_half_wheel(cache, tmp_pat
     assert sorted(path.name for path in folder.iterdir()) == ["build.log", "lock"]
 
 
+@pytest.mark.long
 def test_a_compiler_that_fails_is_quoted_and_a_damaged_wheel_not_trusted(monkeypatch, tmp_path):
     source = cache_folder() / "horovod" / horovod_wheel.SDIST
     monkeypatch.setenv("HPCAI_CACHE", str(tmp_path / "cache"))

@@ -231,7 +231,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(many):
     assert sorted(os.listdir(many)) == ["killed.h5", "mine.py", "pets", "whole.h5"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_stopped_by_a_signal_it_says_how_to_go_on(many, number):
     code, said = disturb(many, "a.h5", number)
     assert code == 75
@@ -245,6 +245,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(many, number):
     assert (many / "a.h5").read_bytes() == (many / "whole.h5").read_bytes()
 
 
+@pytest.mark.long
 def test_what_was_done_is_not_believed_blindly(many):
     """Rows that are no longer what the journal says are decoded again; so is all after a change of options."""
     assert run(many, "whole.h5").returncode == 0

@@ -74,7 +74,9 @@ def test_this_process_keeps_its_own_bounds():
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
-@pytest.mark.parametrize(("kind", "name"), [("saved_model", "SavedModel"), ("onnx", "ONNX"), ("keras", "Keras")])
+@pytest.mark.parametrize(("kind", "name"), [
+    pytest.param("saved_model", "SavedModel", marks=pytest.mark.long),
+    pytest.param("onnx", "ONNX", marks=pytest.mark.long), ("keras", "Keras")])
 def test_every_kind_of_file_is_tried_before_it_is_opened_here(kind, name, tmp_path, monkeypatch):
     import keras
 

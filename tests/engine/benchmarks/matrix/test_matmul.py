@@ -186,7 +186,8 @@ ranks.stop()
 
 
 @pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
-@pytest.mark.parametrize(("launcher", "speeds"), [("mpirun", ["1", "3"]), ("horovodrun", ["1", "2", "2", "3"])])
+@pytest.mark.parametrize(("launcher", "speeds"), [
+    ("mpirun", ["1", "3"]), pytest.param("horovodrun", ["1", "2", "2", "3"], marks=pytest.mark.long)])
 def test_uneven_ranks_multiply_as_numpy_does(launcher, speeds):
     if launcher == "mpirun" and shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed")
