@@ -55,6 +55,8 @@ def train(
     max_time: Annotated[str | None, typer.Option(metavar="TIME", help="Save and end with exit code 75 before so much "
                                                  "time has passed, such as 90m or 2h; under Slurm its limit counts "
                                                  "too.")] = None,
+    until_epoch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Save and end with exit code 75 after "
+                                                    "this epoch, to be resumed later.")] = None,
     fusion: options.Fusion = options.UNFUSED,
     supervision: options.Supervision = options.SUPERVISED,
     energy: options.Energy = False,
@@ -120,7 +122,7 @@ def train(
     functions = map(entry.function, ("build_model", "augment", "final_augment", "adapt"))
     request = job.Request(chosen, entry.reference, *functions, source.recipe, source.function("sample"), data, output,
                           resume, tensorboard, steps, energy or power_file is not None, power_file, tensor_parallel,
-                          cadence, seconds)
+                          cadence, seconds, until_epoch)
     if prove:
         if supervision.max_restarts:
             raise UsageError("--prove trains a few steps only", expected="no --max-restarts with it")
@@ -250,7 +252,8 @@ def _start_ranks(ranks: Ranks, prepared: tuple[Run, Path], request, assignments:
             "--energy": request.energy, "--power-file": request.power_file,
             "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
             "--checkpoint-every": request.cadence.words(), "--keep-checkpoints": request.cadence.keep,
-            "--max-time": left and f"{left:.3f}", "--json": json, "--set": _settings(assignments),
+            "--max-time": left and f"{left:.3f}", "--until-epoch": request.until_epoch, "--json": json,
+            "--set": _settings(assignments),
             "--heartbeat": supervision.heartbeat})]
 
     restarts = supervisor.RESTARTS if supervision.max_restarts is None else supervision.max_restarts

@@ -45,6 +45,9 @@ def stopped(lab: Lab) -> tuple[str, list[str]]:
 def elastic(lab: Lab) -> tuple[str, list[str]]:
     """Kill one of the two ranks of an elastic job: the other one goes on, and a new one is taken in."""
     trial = _under_way(lab, "elastic", "--elastic", "--min-np", 1, "--max-np", 2, "--set", "milliseconds=100")
+    # Among steps, not in a validation, after which only the next one can come.
+    trial.wait_until(lambda: trial.events("epoch"))
+    time.sleep(0.5)
     before = len(trial.events("elastic"))
     moment = trial.signal(signal.SIGKILL, [trial.rank(1)])
     seconds = _next_step(trial, moment)

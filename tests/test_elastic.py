@@ -162,7 +162,8 @@ def job(tiny_folder):
 @needs_horovod
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_is_killed_is_gone_on_without_and_comes_back(job, ranks_in, rank):
-    training = job("--epochs", 400)
+    # Checkpoints more often than blocks of steps: other ranks are looked for all the same.
+    training = job("--epochs", 400, "--checkpoint-every", "3steps")
     training.wait_for("epoch")
     killed = time.time()
     os.kill(ranks_in(Path.cwd())[rank], signal.SIGKILL)

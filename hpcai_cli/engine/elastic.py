@@ -16,7 +16,7 @@ from hpcai_cli.engine.checkpoint import Position
 from hpcai_cli.engine.distributed import Horovod, Serial
 from hpcai_cli.engine.learning_rates import ChangingRates
 from hpcai_cli.engine.model import is_random_state
-from hpcai_cli.engine.step import Wishes
+from hpcai_cli.engine.step import HALT, Wishes
 from hpcai_cli.engine.timed_ranks import LagWatch
 from hpcai_cli.errors import HpcaiError, MissingError
 from hpcai_cli.pulse import Pulse
@@ -90,6 +90,8 @@ class Crew:
 
     def _note_hosts(self) -> None:
         self._has_news = True
+        if self.job:
+            self.job.wishes.commit.assign(HALT)
 
     # ---- While the ranks are together ------------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ class Crew:
         """Take note of the step, and on rank 0 wish for a commit when one is due or when ranks are waiting."""
         self._step = at.step
         if self.ranks.rank == 0 and (self._has_news or time.monotonic() >= self._next_commit):
-            wishes.commit.assign(1.0)
+            wishes.commit.assign(HALT if self._has_news else 1.0)
 
     def commit(self, at: Position, variables: Sequence[keras.Variable], *, if_due: bool = False) -> None:
         """Keep a copy of the state in memory, to which the ranks go back when one of them is lost."""

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from hpcai_cli.engine.checkpoint import Position
 from hpcai_cli.engine.pipeline import Block
+from hpcai_cli.engine.step import HALT
 from hpcai_cli.engine.training_job import Job
 from hpcai_cli.errors import DivergedError
 
@@ -64,19 +65,21 @@ class _Meter:
     """Sums the epoch's loss and measure, one block behind, so that an accelerator never waits for Python.
 
     Attributes:
-        stop_asked: whether a step saw that a rank was asked to stop; it was the last one that was taken.
+        is_halted: whether a step saw that a rank was asked to stop, or that others wait to take part; it was the last
+            one that was taken.
+        stop_asked: whether it was the former.
         save_asked: whether rank 0 wishes a checkpoint.
         commit_asked: whether it wishes a commit.
     """
 
     def __init__(self, at: Position):
         self._at, self._pending = at, None
-        self.stop_asked = self.save_asked = self.commit_asked = False
+        self.is_halted = self.stop_asked = self.save_asked = self.commit_asked = False
 
     def add(self, sums: tf.Tensor, examples: list[int]) -> None:
         """Take the next block's sums and account for the one before it."""
         self.flush()
-        if self.stop_asked:
+        if self.is_halted:
             # Nothing of this one was trained.
             examples.clear()
             return
@@ -104,8 +107,9 @@ class _Meter:
             self._at.sums[2] += count
             self.save_asked = self.save_asked or saves > 0
             self.commit_asked = self.commit_asked or commits > 0
-            if stops > 0:
-                self.stop_asked = True
+            self.stop_asked = stops > 0
+            if self.stop_asked or commits >= HALT:
+                self.is_halted = True
                 del examples[number:]
                 self._at.step, self._at.cursor = step + number, cursor + sum(examples)
                 return

@@ -17,6 +17,9 @@ from hpcai_cli.engine.task import task_of
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
 
+HALT = 2.0
+"""A wish to commit that no further step may be taken before."""
+
 
 class Wishes:
     """What this rank wishes while compiled steps run; any thread may set it, and the next step has it.
@@ -24,8 +27,9 @@ class Wishes:
     Attributes:
         stop: float32 (), 1 from when this rank was asked to stop.
         save: float32 (), 1 while rank 0 finds that a checkpoint is due.
-        commit: float32 (), 1 while rank 0 of an elastic job finds that the state should be kept in memory.
-        halted: bool (), true when a step saw that a rank was asked to stop; no step is taken then.
+        commit: float32 (), 1 while rank 0 of an elastic job finds that the state should be kept in memory, 2 (HALT)
+            while ranks wait to take part.
+        halted: bool (), true when a step saw that a rank was asked to stop or that ranks wait; no step is taken then.
     """
 
     def __init__(self):
@@ -49,10 +53,10 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
     """Return the compiled steps (inputs, labels, weights, seed, count) -> sums, for blocks like `block`.
 
     inputs, labels and weights are a block's, of which the first `count`, int32 (), steps are taken, or fewer when a
-    rank was asked to stop: none after the one in which all see it. seed, int32 (2,), is the augmentation's for the
-    first of them. `sums` is float32 (g, 5), a row for each step: the mean loss over the step's examples of all ranks,
-    the sum of the task's measure over them (how many were classified rightly), how many ranks were asked to stop, how
-    many wish a checkpoint, and how many a commit.
+    rank was asked to stop or ranks wait to take part: none after the one in which all see it. seed, int32 (2,), is the
+    augmentation's for the first of them. `sums` is float32 (g, 5), a row for each step: the mean loss over the step's
+    examples of all ranks, the sum of the task's measure over them (how many were classified rightly), how many ranks
+    were asked to stop, how many wish a checkpoint, and the wish to commit.
 
     Args:
         weight_of_class: float32 (num_classes,), the weight of each class's examples in the loss.
@@ -138,7 +142,7 @@ def compile_steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, rec
             # Step and rank have a seed of their own, which resuming finds again.
             sums = tf.ensure_shape(step(inputs[number], labels[number], weights[number],
                                         seed + [0, number * ranks.size_in_step()]), (5,))
-            return number + 1, sums[2] > 0, rows.write(number, sums)
+            return number + 1, (sums[2] > 0) | (sums[4] >= HALT), rows.write(number, sums)
 
         rows = tf.TensorArray(tf.float32, size=len(block.labels), element_shape=(5,))
         # The same loop for one step and for many: whether steps come alone or together changes no bit of the result.

@@ -74,6 +74,7 @@ def train(job: Job, *, resume: bool) -> dict:
         def stop_here() -> NoReturn:
             _stop(job, at, keeper, samples=at.epoch * len(split) + at.cursor - done)
 
+        _ask_for_pause(job, at)
         if _anyone_stopped(job):
             stop_here()
         while at.epoch < recipe.epochs and not _out_of_patience(recipe, at):
@@ -93,7 +94,7 @@ def train(job: Job, *, resume: bool) -> dict:
                     keeper.save()
                 if crew:
                     crew.commit(at, built.variables, if_due=pause is Pause.END)
-                    if pause is Pause.COMMIT:
+                    if pause in (Pause.SAVE, Pause.COMMIT):
                         crew.look_for_hosts(job.wishes)
             own_ms = watch.own_ms(at.step)
             if pause is Pause.STOP:
@@ -109,6 +110,7 @@ def train(job: Job, *, resume: bool) -> dict:
                 crew.commit(at, built.variables)
             keeper.after_epoch(is_last=at.epoch == recipe.epochs or _out_of_patience(recipe, at))
             shown.line(history.sentence(recipe, row))
+            _ask_for_pause(job, at)
             if _anyone_stopped(job):
                 stop_here()
 
@@ -295,6 +297,11 @@ def _finish_epoch(job: Job, at: Position, optimizer, validate) -> dict:
 def _out_of_patience(recipe: Recipe, at: Position) -> bool:
     patience = recipe.early_stopping_patience
     return bool(patience and at.best and at.epoch - at.best["epoch"] >= patience)
+
+
+def _ask_for_pause(job: Job, at: Position) -> None:
+    if job.until_epoch and job.until_epoch <= at.epoch < job.recipe.epochs:
+        job.stop.ask(f"--until-epoch {job.until_epoch}")
 
 
 def _anyone_stopped(job: Job) -> bool:

@@ -59,6 +59,8 @@ class Job:
     pulse: Pulse = field(default_factory=Pulse)
     """Is told that the work goes on."""
     cadence: Cadence = Cadence()
+    until_epoch: int | None = None
+    """The epoch after which the training saves itself and ends, to be resumed."""
     limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     wishes: Wishes = field(default_factory=Wishes)
     crew: Crew | None = None

@@ -51,7 +51,7 @@ def test_elsewhere_it_goes_on_alike_and_the_old_run_stays_as_it_is(hpcai, begun)
 @pytest.mark.parametrize("words", [("--resume", "run"), ("./tiny.py", "--data", "tiny.h5")],
                          ids=["the same again", "another training"])
 @pytest.mark.parametrize("is_copied", [False, True])
-def test_what_a_kill_left_of_a_copy_hinders_nobody_and_is_not_taken_for_a_run(hpcai, begun, monkeypatch, is_copied, words):
+def test_what_a_kill_left_of_a_copy_hinders_nobody_and_is_no_run(hpcai, begun, monkeypatch, is_copied, words):
     save = checkpoint.save
 
     def killed(*arguments, **named):
@@ -91,3 +91,16 @@ def test_what_follows_is_said(hpcai, begun, words, said):
     assert done.exit_code == 0, done.stderr
     assert all(sentence in done.stderr.replace("\n", " ") for sentence in said), done.stderr
     assert ("never stopped" in done.stderr) == bool(said)
+
+
+def test_paused_after_an_epoch_and_resumed_it_is_as_if_it_had_not_been(hpcai, begun):
+    words = ("train", "./tiny.py", "--data", "tiny.h5", "--epochs", 5)
+    assert hpcai(*words, "--output", "whole").exit_code == 0
+    paused = hpcai(*words, "--output", "paused", "--until-epoch", 2)
+    assert paused.exit_code == 75 and "stopped by --until-epoch 2" in paused.stderr, paused.stderr
+    assert hpcai("train", "--resume", "paused", "--until-epoch", 2).exit_code == 75, "it has come so far"
+    assert hpcai("train", "--resume", "paused", "--until-epoch", 4).exit_code == 75
+    events = [json.loads(line) for line in Path("paused/events.jsonl").read_text().splitlines()]
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3, 4]
+    assert hpcai("train", "--resume", "paused", "--until-epoch", 5).exit_code == 0
+    assert_same_weights("paused", "whole")

@@ -11,7 +11,7 @@ from keras import layers
 from hpcai_cli.engine.distributed import Serial
 from hpcai_cli.engine.model import build
 from hpcai_cli.engine.pipeline import Block
-from hpcai_cli.engine.step import Wishes, build_optimizer, compile_steps, mixed
+from hpcai_cli.engine.step import HALT, Wishes, build_optimizer, compile_steps, mixed
 from hpcai_cli.engine.task import class_weights
 from hpcai_cli.errors import UsageError
 from hpcai_cli.recipe import Recipe
@@ -168,6 +168,20 @@ def test_no_step_follows_the_one_in_which_the_wish_to_stop_is_seen():
     assert [row[2] for row in sums] == [1, 0, 0, 0, 0, 0]
     assert not any(row.any() for row in sums[1:])
     assert int(optimizer.iterations) == 1
+
+
+def test_no_step_follows_the_one_in_which_ranks_are_seen_to_wait():
+    wishes = Wishes()
+    wishes.commit.assign(1.0)
+    _, optimizer, sums = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
+    assert [row[4] for row in sums] == [1, 1, 1], "a commit alone ends nothing"
+    wishes.commit.assign(HALT)
+    _, optimizer, sums = run(RECIPE, [even(*examples(4))] * 6, wishes=wishes, together=3)
+    assert [row[4] for row in sums] == [HALT, 0, 0, 0, 0, 0]
+    assert int(optimizer.iterations) == 1
+    wishes.begin()
+    _, optimizer, _ = run(RECIPE, [even(*examples(4))] * 3, wishes=wishes, together=3)
+    assert int(optimizer.iterations) == 3
 
 
 def test_the_wish_for_a_checkpoint_ends_nothing():
