@@ -103,7 +103,11 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
     best = f"step-{state.best['step']:08d}" if state.best else ""
     for old in _folders(folder)[keep:]:
         if old.name != best:
-            shutil.rmtree(old, ignore_errors=True)
+            # Under another name: what a kill leaves of it must not be taken for a checkpoint.
+            going = old.with_name(f".{old.name}.{os.getpid()}.part")
+            with contextlib.suppress(OSError):
+                os.replace(old, going)
+            shutil.rmtree(going, ignore_errors=True)
     return final
 
 

@@ -65,6 +65,24 @@ def test_two_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000050", "step-00000060"]
 
 
+def test_a_kill_while_an_old_one_goes_leaves_nothing_that_looks_like_one(tmp_path, monkeypatch):
+    save(tmp_path, 10, 20)
+
+    def killed(path, ignore_errors):
+        if path.is_dir():
+            next(path.glob("manifest.json")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        save(tmp_path, 30)
+    assert [path.name for path in tmp_path.glob("step-*")] and not list(tmp_path.glob("step-00000010"))
+    found, passed = checkpoint.newest(tmp_path)
+    assert (found.step, passed) == (30, [])
+    save(tmp_path, 40)
+    assert names(tmp_path) == ["step-00000030", "step-00000040"]
+
+
 def test_the_same_step_again_replaces_it(tmp_path):
     save(tmp_path, 10)
     (tmp_path / "step-00000010" / "state.json").write_text("damaged")
