@@ -65,4 +65,4 @@ clean:  ## remove everything that make made, but not runs and data
 	@echo "installing TensorFlow and the rest into .venv" >&2 && $(BIN)/pip install -q -e '.[horovod]' && touch $@
 
 .venv/test: .venv/ready
-	@$(BIN)/pip install -q -e '.[test,horovod,onnx,serve]' && touch $@
+	@$(BIN)/pip install -q -e '.[test,horovod,onnx,serve,tune]' && touch $@

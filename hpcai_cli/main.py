@@ -20,6 +20,7 @@ from hpcai_cli.commands.predict import predict
 from hpcai_cli.commands.preprocess import preprocess
 from hpcai_cli.commands.recipes import recipes
 from hpcai_cli.commands.train import train
+from hpcai_cli.commands.tune import tune
 from hpcai_cli.errors import EXIT_INTERRUPTED, HpcaiError, StoppedEarly, is_aftermath
 
 
@@ -87,6 +88,7 @@ def hpcai(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 app.command()(preprocess)
 app.command()(train)
+app.command()(tune)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(compress)

@@ -44,7 +44,7 @@ class Downloads:
     """All files that are needed."""
 
 
-_FIXED = {"name", "summary", "options", "presets"}
+_FIXED = {"name", "summary", "options", "presets", "search"}
 """Fields that make up the recipe's identity, or hold others."""
 
 
@@ -125,6 +125,8 @@ class Recipe:
     """The model's own settings; each can be set like any other field."""
     presets: Mapping[str, Mapping] = field(default_factory=dict)
     """For an option its possible values, and the fields that each of them brings along; what is set by hand wins."""
+    search: Mapping[str, str] = field(default_factory=dict)
+    """What `hpcai tune` tries where nothing else is said, such as learning_rate: log:1e-4:1e-1."""
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
@@ -201,7 +203,8 @@ class Recipe:
     def to_json(self) -> dict:
         """Return the recipe as plain JSON values."""
         return json.loads(json.dumps({**self._values(), "options": dict(self.options),
-                                      "presets": {name: dict(choices) for name, choices in self.presets.items()}}))
+                                      "presets": {name: dict(choices) for name, choices in self.presets.items()},
+                                      "search": dict(self.search)}))
 
     @classmethod
     def from_json(cls, document: object, *, where: str) -> "Recipe":
@@ -254,18 +257,18 @@ def read_values(path: Path) -> dict[str, str]:
     merged = {**values, **(options if isinstance(options, dict) else {"options": options})}
     # A recipe.json names its own recipe; the one on the command line is the one that counts.
     return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in merged.items()
-            if key not in ("name", "summary", "presets")}
+            if key not in ("name", "summary", "presets", "search")}
 
 
-def parse_assignments(pairs: list[str]) -> dict[str, str]:
-    """Split `key=value` strings.
+def parse_assignments(pairs: list[str], *, what: str = "--set") -> dict[str, str]:
+    """Split `key=value` strings, of the option that `what` names.
 
     Raises:
         UsageError: one has no equals sign or no key.
     """
     wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
     if wrong:
-        raise UsageError("cannot read --set", expected="key=value", received=", ".join(wrong))
+        raise UsageError(f"cannot read {what}", expected="key=value", received=", ".join(wrong))
     return dict(pair.split("=", 1) for pair in pairs)
 
 

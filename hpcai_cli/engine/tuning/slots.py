@@ -1,0 +1,63 @@
+"""Shares of this host's cores and GPUs, and trainings that are started on them."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcai_cli import last_will
+from hpcai_cli.engine import machine
+from hpcai_cli.run import read_json
+
+
+class Slots:
+    """Equal shares of the cores and GPUs that this process may use.
+
+    Args:
+        count: how many.
+        np: processes of a training.
+
+    Attributes:
+        cores: of each.
+    """
+
+    def __init__(self, count: int, np: int):
+        self.count, self._np = count, np
+        self._all, self._gpus = sorted(os.sched_getaffinity(0)), len(machine.gpus())
+        self.cores = max(1, len(self._all) // count)
+
+    def free(self, taken: Sequence[int]) -> int:
+        """Return the first share that nobody has."""
+        return min(set(range(self.count)) - set(taken))
+
+    def start(self, slot: int, command: Sequence[object], log: Path) -> subprocess.Popen:
+        """Start a program on a share; what it says goes to the end of `log`. It gets SIGTERM when this process ends."""
+        environment = dict(os.environ)
+        if self._gpus:
+            first = slot * self._np
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                str(number % self._gpus) for number in range(first, first + self._np))
+        first = slot * self.cores % len(self._all)
+        cores, ended_by_ours = self._all[first:first + self.cores], last_will.ended_by_ours()
+
+        def prepare() -> None:
+            os.sched_setaffinity(0, cores)
+            if ended_by_ours:
+                ended_by_ours()
+
+        with log.open("ab") as stream:
+            return subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL,
+                                    stdout=subprocess.DEVNULL, stderr=stream, env=environment, preexec_fn=prepare,
+                                    start_new_session=True)
+
+
+def cause(code: int, failure: Path, log: Path) -> str:
+    """Say why a training failed: its failure.json, its last words, or the signal that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", as a kernel without memory does it" if name == "SIGKILL" else "")
+    if failure.is_file():
+        return str(read_json(failure).get("message", ""))[:500]
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return (lines or ["no word"])[-1].removeprefix("error: ")[:500]

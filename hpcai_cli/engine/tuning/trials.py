@@ -1,0 +1,289 @@
+"""Trains the trials of a study in processes of their own, some at a time, and tells Optuna what came of them."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from hpcai_cli import run_lock
+from hpcai_cli.engine.tuning import slots
+from hpcai_cli.engine.tuning.study import Plan, Study
+from hpcai_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, HpcaiError, UsageError
+from hpcai_cli.launch import beside
+from hpcai_cli.run import Run, read_json
+from hpcai_cli.signals import StopRequest
+
+LOOK_SECONDS = 0.1
+"""How often the trainings are looked at."""
+HOPELESS = 3
+"""Trials that fail, all from the first, end the study."""
+ENDING_SECONDS = 60
+"""For a training that was asked to stop; then it is killed, and resumed from an older checkpoint."""
+DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+WARM = "from"
+"""Attribute of a trial that was not trained here."""
+
+
+@dataclass
+class Training:
+    """One trial, and the process that works at it."""
+
+    trial: optuna.Trial
+    slot: int
+    """Which share of the cores and GPUs is its."""
+    claim: int
+    """Descriptor of its lock."""
+    run: Run
+    command: list[object]
+    process: subprocess.Popen | None = None
+    read: int = 0
+    """Bytes of events.jsonl."""
+    epoch: int = 0
+    epochs: int = 0
+    value: float | None = None
+    """The first objective after the newest epoch."""
+    is_pruned: bool = False
+    stopped: float = 0.0
+    """When it was asked to stop, by time.monotonic(); 0 if it was not."""
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+def train_command(plan: Plan, settings: Mapping[str, str]) -> list[object]:
+    """Return the words that train with these settings, but for where."""
+    pairs = [f"{name}={text}" for name, text in (plan.settings | dict(settings)).items()]
+    return [beside("hpcai"), "train", plan.reference, "--data", plan.data, "--json", "--keep-checkpoints", 1,
+            *(["--np", plan.np] if plan.np > 1 else []), *(word for pair in pairs for word in ("--set", pair))]
+
+
+class Trials:
+    """Works on a study until its budget is spent, beside other processes that may do the same.
+
+    Args:
+        workers: trials at a time here.
+        budget: trials of the study in all; None for as many as there is time for.
+        show: called with the trainings that run, whenever something may have changed.
+        tell: called with each trial that is over, and what happened.
+    """
+
+    def __init__(self, study: Study, *, workers: int, budget: int | None, stop: StopRequest,
+                 show: Callable[[list[Training]], None], tell: Callable[[optuna.trial.FrozenTrial, str], None]):
+        self._study, self._record, self._plan = study, study.record, study.plan
+        self._slots, self._budget, self._stop, self._show, self._tell = slots.Slots(
+            workers, study.plan.np), budget, stop, show, tell
+        self._running: list[Training] = []
+
+    def work(self) -> None:
+        """Train until nothing is left to do or the stop was asked for.
+
+        Raises:
+            HpcaiError: every trial fails.
+        """
+        try:
+            while not self._stop.received:
+                for training in list(self._running):
+                    self._follow(training)
+                self._end_if_hopeless()
+                while len(self._running) < self._slots.count and not self._stop.received and self._begin():
+                    pass
+                self._show(self._running)
+                if not self._running and self._is_spent():
+                    return
+                time.sleep(LOOK_SECONDS)
+        finally:
+            self._end_all()
+
+    # ---- What comes next -------------------------------------------------------------------------------------------
+
+    def _begin(self) -> bool:
+        """Take up a trial that nobody works at, or a new one; return whether there was one."""
+        slot = self._slots.free([each.slot for each in self._running])
+        # One process at a time: none may take what another one is just taking, or one trial too many.
+        with self._study.turn():
+            training = self._orphan(slot) or self._new(slot)
+        if training:
+            self._running.append(training)
+            self._start(training)
+        return training is not None
+
+    def _orphan(self, slot: int) -> Training | None:
+        mine = {each.trial.number for each in self._running}
+        for frozen in self._record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number in mine or (claim := self._claimed(frozen.number)) is None:
+                continue
+            run = Run(self._study.run_of(frozen.number))
+            try:
+                if run.folder.exists():
+                    run_lock.check(run.folder)
+            except HpcaiError:
+                # Its training is just ending.
+                os.close(claim)
+                continue
+            trial = optuna.Trial(self._record, frozen._trial_id)
+            training = self._training(trial, slot, claim, run)
+            training.epoch = max(frozen.intermediate_values, default=0)
+            return training
+        return None
+
+    def _new(self, slot: int) -> Training | None:
+        if self._is_spent():
+            return None
+        trial = self._record.ask()
+        run = Run(self._study.run_of(trial.number))
+        return self._training(trial, slot, self._claimed(trial.number), run)
+
+    def _is_spent(self) -> bool:
+        trials = [trial for trial in self._record.get_trials(deepcopy=False) if WARM not in trial.user_attrs]
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        if self._plan.method == "grid" and not waiting:
+            return True
+        return self._budget is not None and len(trials) - waiting >= self._budget
+
+    def _training(self, trial: optuna.Trial, slot: int, claim: int, run: Run) -> Training:
+        settings = self._study.suggest(trial)
+        plan = self._plan
+        where = ["--resume", run.folder] if run.recipe_file.exists() else ["--output", run.folder]
+        return Training(trial, slot, claim, run, [*train_command(plan, settings), *where], settings=settings)
+
+    def _claimed(self, number: int) -> int | None:
+        """Return the descriptor of a trial's lock, which ends with this process; None if another one holds it."""
+        descriptor = os.open(self._study.trials / f".{number:04d}.claim", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def _start(self, training: Training) -> None:
+        training.process = self._slots.start(training.slot, training.command, self._log_of(training.trial.number))
+
+    def _log_of(self, number: int) -> Path:
+        return self._study.trials / f"{number:04d}.log"
+
+    # ---- What becomes of it ----------------------------------------------------------------------------------------
+
+    def _follow(self, training: Training) -> None:
+        """Pass on what a training has told, prune it where that is due, and take in its end."""
+        code = training.process.poll()
+        for event in self._events(training):
+            training.epoch, training.epochs = event["epoch"], self._plan.recipe.epochs
+            name = self._plan.objectives[0].name
+            value = event.get(f"validation_{name}", event.get(name))
+            if not isinstance(value, (int, float)):
+                continue
+            training.value = float(value)
+            known = self._record.get_trials(deepcopy=False)[training.trial.number].intermediate_values
+            # Optuna takes none where there are several objectives.
+            if training.epoch not in known and len(self._plan.objectives) == 1:
+                training.trial.report(training.value, step=training.epoch)
+            if self._plan.pruner != "none" and not training.stopped and training.trial.should_prune():
+                training.is_pruned = True
+                self._ask_to_stop(training)
+        if training.stopped and code is None and time.monotonic() - training.stopped > ENDING_SECONDS:
+            training.process.kill()
+        if code is not None:
+            self._running.remove(training)
+            self._finish(training, code)
+            os.close(training.claim)
+
+    def _events(self, training: Training) -> list[dict]:
+        """Return the epochs that have ended since the last look."""
+        try:
+            with training.run.events_file.open("rb") as stream:
+                stream.seek(training.read)
+                new = stream.read()
+        except OSError:
+            return []
+        whole = new[:new.rfind(b"\n") + 1]
+        training.read += len(whole)
+        found = []
+        for line in whole.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and event.get("event") == "epoch":
+                found.append(event)
+        return found
+
+    def _ask_to_stop(self, training: Training) -> None:
+        if not training.stopped and training.process.poll() is None:
+            training.stopped = time.monotonic()
+            training.process.send_signal(signal.SIGTERM)
+
+    def _finish(self, training: Training, code: int) -> None:
+        """Tell Optuna how a training ended."""
+        if code == 0:
+            self._complete(training)
+        elif training.is_pruned and code in (EXIT_STOPPED, EXIT_INTERRUPTED, -signal.SIGTERM):
+            self._end(training, TrialState.PRUNED, f"pruned after epoch {training.epoch}")
+        elif code in (EXIT_STOPPED, EXIT_INTERRUPTED, -signal.SIGTERM) or training.stopped:
+            # It was interrupted, and is taken up again where it was.
+            return
+        else:
+            cause = slots.cause(code, training.run.failure_file, self._log_of(training.trial.number))
+            self._end(training, TrialState.FAIL, cause, exit_code=code)
+
+    def _complete(self, training: Training) -> None:
+        metrics = read_json(training.run.result_file)["metrics"]
+        if any(objective.name == "latency_ms" for objective in self._plan.objectives):
+            metrics["latency_ms"] = self._latency_ms(training)
+        metrics["parameters"] = read_json(training.run.result_file).get("parameters")
+        values = []
+        for objective in self._plan.objectives:
+            value = metrics.get(f"validation_{objective.name}", metrics.get(objective.name))
+            if not isinstance(value, (int, float)):
+                raise UsageError(f"a training has no {objective.name}", received=str(objective),
+                                 expected=f"one of {', '.join(sorted(map(str, metrics)))}")
+            values.append(float(value))
+        self._end(training, TrialState.COMPLETE, "", values=values)
+
+    def _latency_ms(self, training: Training) -> float:
+        """Return the median time of a call with one example, by `hpcai benchmark inference`, on this trial's cores."""
+        command = [beside("hpcai"), "benchmark", "inference", training.run.folder, "--data", self._plan.data,
+                   "--formats", "function", "--batch-sizes", 1, "--threads", self._slots.cores, "--json"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise HpcaiError(f"the latency of {training.run.folder} could not be measured",
+                             received=(done.stderr.strip().splitlines() or ["no word"])[-1])
+        figures = json.loads(done.stdout)["results"]
+        return next(float(row["value"]) for row in figures if "latency" in row["figure"])
+
+    def _end(self, training: Training, state: TrialState, happened: str, *, values: list[float] | None = None,
+             exit_code: int = 0) -> None:
+        trial = training.trial
+        if happened:
+            trial.set_user_attr("happened", happened)
+        if exit_code:
+            trial.set_user_attr("exit_code", exit_code)
+        self._record.tell(trial, values, state=state)
+        self._tell(self._record.get_trials(deepcopy=False)[trial.number], happened)
+
+    def _end_if_hopeless(self) -> None:
+        ended = [trial for trial in self._record.get_trials(deepcopy=False)
+                 if trial.state in DONE and WARM not in trial.user_attrs]
+        if len(ended) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended):
+            cause = ended[-1].user_attrs.get("happened", "")
+            codes = {trial.user_attrs.get("exit_code") for trial in ended}
+            error = HpcaiError(f"all of {len(ended)} trials have failed, the last of them so: {cause}",
+                               mend=f"see {self._log_of(ended[-1].number)}")
+            if len(codes) == 1 and (code := codes.pop()) in (2, 3, 4, 6):
+                error.exit_code = code
+            raise error
+
+    def _end_all(self) -> None:
+        """Have what still runs save itself, to be taken up another time."""
+        for training in self._running:
+            self._ask_to_stop(training)
+        while self._running:
+            for training in list(self._running):
+                self._follow(training)
+            time.sleep(LOOK_SECONDS)
