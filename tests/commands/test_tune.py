@@ -133,6 +133,8 @@ def test_a_study_of_which_every_trial_fails_stops_early(hpcai, folder):
     ((*SEARCH, "--method", "grid"), 2, "can be counted"), (("--search", "batch_size"), 2, "cannot read --search"),
     ((*SEARCH, "--trials", 1, "--data", "none.h5"), 3, "none.h5"),
     ((*SEARCH, "--trials", 1, "--warm-start", "none"), 3, "not a run folder"),
+    ((*SEARCH, "--trials", 1, "--storage", "nowhere"), 2, "cannot keep the record there"),
+    ((*SEARCH, "--trials", 1, "--storage", "sqlite:////no/such/folder/db"), 2, "cannot keep the record there"),
     ((*SEARCH, "--method", "population", "--trials", 3), 2, "no --trials")],
     ids=lambda words: words if isinstance(words, str) else None)
 def test_wrong_words(hpcai, folder, words, code, said):
@@ -215,6 +217,27 @@ def test_two_processes_share_a_study(hpcai, folder):
     assert result(hpcai(*words))["trials"] == {"complete": 4}
     trials = [{line.split(":")[0] for line in said.splitlines() if line.startswith("trial ")} for _, said in outputs]
     assert trials[0].isdisjoint(trials[1]) and len(trials[0] | trials[1]) == 4 and all(trials)
+
+
+@pytest.mark.long
+def test_a_database_keeps_the_record(hpcai, folder):
+    words = (*TUNE, *SEARCH, "--epochs", 1, "--storage", "sqlite:///record.db", "--json")
+    assert result(hpcai(*words, "--trials", 1))["trials"] == {"complete": 1}
+    assert result(hpcai(*words, "--trials", 2))["trials"] == {"complete": 2}
+    assert result(hpcai("tune", "show", "s", "--json"))["trials"] == {"complete": 2}
+    assert not Path("s/journal.log").exists()
+    other = hpcai(*words[:-3], "--storage", "sqlite:///other.db", "--trials", 2)
+    assert other.exit_code == 2 and "recorded elsewhere" in other.stderr
+
+
+@pytest.mark.long
+def test_the_front_of_accuracy_and_latency(hpcai, folder):
+    found = result(hpcai(*TUNE, "--search", "batch_size=8,16", "--method", "grid", "--objective", "accuracy",
+                         "--objective", "latency_ms", "--epochs", 1, "--json"))
+    assert found["trials"] == {"complete": 2}
+    assert all(0 < each["values"][1] < 1000 for each in found["best"])
+    shown = result(hpcai("tune", "show", "s", "--json"))
+    assert Path("s/front.png").is_file() and shown["page"] == "s/report.html"
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcai_cli import last_will
+from hpcai_cli import last_will, launch
 from hpcai_cli.engine import machine
 from hpcai_cli.run import read_json
 
@@ -33,7 +33,8 @@ class Slots:
 
     def start(self, slot: int, command: Sequence[object], log: Path) -> subprocess.Popen:
         """Start a program on a share; what it says goes to the end of `log`. It gets SIGTERM when this process ends."""
-        environment = dict(os.environ)
+        # Of a job that this search is a part of, a trial is none.
+        environment = launch.without_launcher()
         if self._gpus:
             first = slot * self._np
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(

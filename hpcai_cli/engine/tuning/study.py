@@ -237,7 +237,12 @@ def _write_once(file: Path, document: dict) -> None:
 
 def _storage(folder: Path, address: str | None):
     if address:
-        return optuna.storages.RDBStorage(address)
+        try:
+            return optuna.storages.RDBStorage(address)
+        # Whatever SQLAlchemy and the database's own package raise.
+        except Exception as error:
+            raise UsageError(f"cannot keep the record there: {str(error).splitlines()[0]}", received=address,
+                             expected="an address of SQLAlchemy, such as sqlite:///record.db") from None
     journal = folder / "journal.log"
     backend = optuna.storages.journal.JournalFileBackend(str(journal), lock_obj=JournalLock(journal))
     return optuna.storages.JournalStorage(backend)

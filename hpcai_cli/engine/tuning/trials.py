@@ -13,11 +13,10 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from hpcai_cli import run_lock
+from hpcai_cli import launch, run_lock
 from hpcai_cli.engine.tuning import slots
 from hpcai_cli.engine.tuning.study import Plan, Study
 from hpcai_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, HpcaiError, UsageError
-from hpcai_cli.launch import beside
 from hpcai_cli.run import Run, read_json
 from hpcai_cli.signals import StopRequest
 
@@ -59,7 +58,7 @@ class Training:
 def train_command(plan: Plan, settings: Mapping[str, str]) -> list[object]:
     """Return the words that train with these settings, but for where."""
     pairs = [f"{name}={text}" for name, text in (plan.settings | dict(settings)).items()]
-    return [beside("hpcai"), "train", plan.reference, "--data", plan.data, "--json", "--keep-checkpoints", 1,
+    return [launch.beside("hpcai"), "train", plan.reference, "--data", plan.data, "--json", "--keep-checkpoints", 1,
             *(["--np", plan.np] if plan.np > 1 else []), *(word for pair in pairs for word in ("--set", pair))]
 
 
@@ -248,14 +247,15 @@ class Trials:
 
     def _latency_ms(self, training: Training) -> float:
         """Return the median time of a call with one example, by `hpcai benchmark inference`, on this trial's cores."""
-        command = [beside("hpcai"), "benchmark", "inference", training.run.folder, "--data", self._plan.data,
+        command = [launch.beside("hpcai"), "benchmark", "inference", training.run.folder, "--data", self._plan.data,
                    "--formats", "function", "--batch-sizes", 1, "--threads", self._slots.cores, "--json"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False,
+                              env=launch.without_launcher())
         if done.returncode != 0:
             raise HpcaiError(f"the latency of {training.run.folder} could not be measured",
                              received=(done.stderr.strip().splitlines() or ["no word"])[-1])
-        figures = json.loads(done.stdout)["results"]
-        return next(float(row["value"]) for row in figures if "latency" in row["figure"])
+        figures = json.loads(done.stdout)["figures"]
+        return next(float(row["value"]) for row in figures if row["name"].endswith("batch of 1: p50"))
 
     def _end(self, training: Training, state: TrialState, happened: str, *, values: list[float] | None = None,
              exit_code: int = 0) -> None:
