@@ -110,6 +110,26 @@ def checkpoint(
 
 
 @_benchmark
+def tune(
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="Whose settings are searched.")] = "mnist-mlp",
+    data: Data = MNIST,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Searches of each kind.")] = 10,
+    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Trials of a search.")] = 20,
+    search: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="The space; by default the "
+                                                     "recipe's.")] = None,
+) -> Iterable:
+    """Searches for better settings: against random trials, with pruning, with two workers. Takes hours.
+
+    Examples:
+        $ hpcai benchmark tune
+        $ hpcai benchmark tune shoppers --data data/shoppers.h5 --seeds 10
+    """
+    objective = "roc_auc" if catalog.find(recipe).recipe.best_by == "roc_auc" else "accuracy"
+    return _module("tuning").measure(recipe, _dataset(data), seeds=seeds, trials=trials, search=search or [],
+                                     objective=objective)
+
+
+@_benchmark
 def accuracy(data: Data = MNIST) -> Iterable:
     """Seconds from the command line to 99 % on MNIST, against the tutorials' script.
 

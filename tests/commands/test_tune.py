@@ -277,3 +277,21 @@ def test_a_population_goes_on_from_its_best_member_also_after_a_kill(hpcai, fold
     assert Path(found["best"][0]["run"], "recipe.json").is_file()
     other = hpcai(*words[:-1], 1, "--interval", 2)
     assert other.exit_code == 2 and "begun otherwise" in other.stderr
+
+
+@pytest.mark.long
+def test_the_benchmark_of_it(hpcai, folder, monkeypatch):
+    from hpcai_cli.engine.benchmarks import tuning
+
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "FEW", 2)
+    found = result(hpcai("benchmark", "tune", "./tiny.py", "--data", "tiny.h5", "--seeds", 1, "--trials", 3, *SEARCH,
+                         "--json"))
+    figures = {row["name"]: row for row in found["figures"]}
+    assert len(figures) == 6
+    title = "./tiny.py, 3 trials"
+    assert figures[f"{title}: seeds with which TPE is better than random trials"]["value"] in (0, 1)
+    assert figures[f"{title}: epochs with ASHA"]["value"] <= 1
+    assert figures[f"{title}: time beside the trainings"]["value"] > 0
+    workers = figures["./tiny.py: trials per hour of two workers on two cores against one on one"]
+    assert 0.5 < workers["value"] < 3 and workers["limit"] == 1.8

@@ -111,6 +111,29 @@ def test_an_array_has_a_run_for_each_task(slurm):
     assert seeds == [1, 2]
 
 
+def test_the_tasks_of_an_array_work_on_one_study(slurm):
+    words = ("tune", "./tiny.py", "--data", "tiny.h5", "--search", "learning_rate=log:1e-4:1e-1", "--trials", 4,
+             "--epochs", 2, "--study", "searched")
+    job, _ = submitted(slurm, "--array", "1-2", "--", *words)
+    assert ended(slurm, job) == "done", log(slurm, job)
+    found = json.loads(slurm.hpcai("tune", "show", "searched", "--json").stdout)
+    assert found["trials"] == {"complete": 4}
+    logs = log(slurm, job)
+    assert all(logs.count(f"trial {number}: ") == 1 for number in range(4)), logs
+
+
+@pytest.mark.timeout(900)
+def test_a_search_is_queued_again_at_its_limit_and_goes_on(slurm):
+    words = ("tune", "./tiny.py", "--data", "tiny.h5", "--search", "learning_rate=log:1e-4:1e-1", "--trials", 1,
+             "--set", "batch_size=1", "--epochs", 1600, "--study", "limited")
+    job, _ = submitted(slurm, "--time", 2, "--signal-before", 50, "--", *words)
+    assert ended(slurm, job, 600) == "done", log(slurm, job)
+    assert "stopped before the limit; queued again to go on" in log(slurm, job)
+    events = (slurm.work / "limited" / "trials" / "0000" / "events.jsonl").read_text().splitlines()
+    told = [json.loads(line)["event"] for line in events]
+    assert told.count("started") == 1 and told.count("resumed") >= 1 and told.count("epoch") == 1600
+
+
 # ---- It ends -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.timeout(900)
@@ -128,6 +151,21 @@ def test_a_job_saves_itself_before_its_limit_is_queued_again_and_goes_on(slurm, 
     done = slurm.hpcai(*training, "--np", tasks, "--output", f"whole-{tasks}-{launcher}")
     assert done.returncode == 0, done.stderr
     assert_same_bits(run, slurm.work / f"whole-{tasks}-{launcher}")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("tasks", "launcher"), [(1, "auto"), (2, "srun")])
+def test_without_a_signal_the_limit_is_read_from_slurm(slurm, tasks, launcher):
+    words = ("--tasks-per-node", tasks, "--launcher", launcher)
+    job, run = submitted(slurm, *words, "--time", 2, "--signal-before", 0, "--", *TRAIN, "--epochs", 1_000_000)
+    events = run / "events.jsonl"
+    slurm.wait_for(lambda: events.exists() and '"stopped"' in events.read_text(), "the limit", 240)
+    stopped = json.loads(events.read_text().splitlines()[-1])
+    assert stopped["signal"] == "the time limit (Slurm's)"
+    slurm.wait_for(lambda: "queued again to go on" in log(slurm, job), "the queue")
+    assert slurm.hpcai("launch", "cancel", job).returncode == 0
+    slurm.wait_for(lambda: not state(slurm, job).startswith(("running", "completing")), job)
+    assert f'"event": "stopped", "step": {stopped["step"]}' in events.read_text()
 
 
 @pytest.mark.timeout(1200)

@@ -83,6 +83,22 @@ class Hosts:
                 process.terminate()
                 process.communicate(timeout=60)
 
+    def rank_of(self, host: str) -> int:
+        """Return the process id of a rank that works on a host.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        listed = subprocess.run(["ip", "netns", "pids", self._namespace(host)], capture_output=True, text=True).stdout
+        for process in map(int, listed.split()):
+            with suppress(OSError):
+                variables = Path(f"/proc/{process}/environ").read_bytes()
+                words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+                if HPCAI.encode() in words[:2] and any(each in variables for each in (
+                        b"HOROVOD_RANK=", b"OMPI_COMM_WORLD_RANK=")):
+                    return process
+        raise StopIteration
+
     def _namespace(self, host: str) -> str:
         return f"{self._prefix}{host}"
 

@@ -1,6 +1,7 @@
 """One command over two hosts: it trains as one process would, and each wrong set-up ends in its sentence."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,46 @@ def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weight
     resumed = two_hosts.hpcai("a", "train", "./tiny.py", "--resume", name, "--hosts", places, "--launcher", launcher)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_bits(two_hosts.folder / name, whole)
+
+
+@LAUNCHERS
+def test_a_rank_that_dies_on_the_other_host_costs_nothing_but_time(train, two_hosts, launcher):
+    words = ["--hosts", "a:1,b:1", "--launcher", launcher, "--epochs", 150]
+    done, whole = train(*words, output=f"undisturbed-{launcher}")
+    assert done.returncode == 0, done.stderr
+    name = f"killed-{launcher}"
+    with two_hosts.started("a", "train", "./tiny.py", "--data", "tiny.h5", "--output", name, *words) as process:
+        wait_for_epochs(two_hosts.folder / name / "events.jsonl", process)
+        os.kill(two_hosts.rank_of("b"), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert errors.count("restarting from the newest checkpoint") == 1, errors
+    assert_same_bits(two_hosts.folder / name, whole)
+
+
+def test_an_elastic_job_goes_on_without_the_other_host_and_takes_it_back(two_hosts):
+    words = ["train", "./tiny.py", "--data", "tiny.h5", "--output", "elastic", "--elastic", "--hosts", "a:1,b:1",
+             "--min-np", 1, "--epochs", 5_000]
+    events = two_hosts.folder / "elastic" / "events.jsonl"
+
+    def sizes() -> list[int]:
+        told = [json.loads(line) for line in events.read_text().splitlines()]
+        return [event["world_size"] for event in told if event["event"] == "elastic"]
+
+    with two_hosts.started("a", *words) as process:
+        wait_for_epochs(events, process)
+        os.kill(two_hosts.rank_of("b"), signal.SIGKILL)
+        deadline = time.monotonic() + 90
+        while sizes() != [1, 2]:
+            assert process.poll() is None and time.monotonic() < deadline, (sizes(), process.communicate(timeout=60))
+            time.sleep(0.1)
+        two_hosts.rank_of("b")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    epochs = [json.loads(line) for line in events.read_text().splitlines() if '"epoch"' in line]
+    examples = {event["examples"] for event in epochs if event["event"] == "epoch"}
+    assert len(examples) == 1, "each example once"
 
 
 @LAUNCHERS
