@@ -20,6 +20,8 @@ from hpcai_cli.launchers import Ranks
 from hpcai_cli.pulse import BEAT
 from hpcai_cli.watch import Watch
 
+_OWN_CODES = (*range(1, 7), EXIT_STOPPED, EXIT_INTERRUPTED)
+"""With which a rank ends by itself."""
 _CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
@@ -150,7 +152,7 @@ class _Reader:
         if self._failed is None or code == 0 and self._is_elastic:
             return Outcome(code, None, self._reported, self._words, answered=self._answered)
         rank, status = self._failed
-        return Outcome(status if status in (*range(1, 7), EXIT_STOPPED, EXIT_INTERRUPTED) else 1, rank, self._reported,
+        return Outcome(status if status in _OWN_CODES else 1, rank, self._reported,
                        f"status {status}", _crash(status), answered=self._answered)
 
     def _pump_plain(self, stream, kind: str) -> None:
@@ -239,10 +241,12 @@ class _Reader:
         """Tell whether a failure is more of a cause than the one that was seen before."""
         if self._failed is None:
             return True
-        has_crashed, had_crashed = bool(_crash(failed[1])), bool(_crash(self._failed[1]))
-        # A rank that crashed is the cause, also where one that it left behind was seen to end before. In an elastic job
-        # the others go on without it, and what one of them fails of is the cause.
-        return had_crashed and not has_crashed if self._is_elastic else has_crashed and not had_crashed
+        if self._is_elastic:
+            # The others go on without one that is lost, and what one of them ends with by itself is the cause. Over ssh
+            # a rank that was killed ends with 255.
+            return failed[1] in _OWN_CODES and self._failed[1] not in _OWN_CODES
+        # A rank that crashed is the cause, also where one that it left behind was seen to end before.
+        return bool(_crash(failed[1])) and not _crash(self._failed[1])
 
 
 def _crash(status: int) -> str:

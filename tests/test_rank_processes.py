@@ -155,6 +155,11 @@ def test_a_rank_of_an_elastic_job_that_was_lost_is_no_cause_where_another_fails(
     assert read("", words, code=1, is_elastic=True) == Outcome(2, 1, launcher_words="status 2")
 
 
+def test_an_elastic_job_that_lost_a_rank_over_ssh_and_was_stopped_later_is_stopped():
+    words = "Process 1 exit with status code 255.\nProcess 0 exit with status code 75.\n"
+    assert read("", words, code=1, is_elastic=True) == Outcome(75, 0, launcher_words="status 75")
+
+
 def test_an_elastic_job_that_loses_all_ranks_was_ended_by_what_ended_the_first():
     words = "Process 1 exit with status code 137.\nProcess 0 exit with status code 139.\n"
     assert read("", words, code=1, is_elastic=True) == Outcome(1, 1, launcher_words="status 137", signal="SIGKILL")

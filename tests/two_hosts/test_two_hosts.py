@@ -42,6 +42,13 @@ def wait_for_epochs(events: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def wait_for_checkpoint(events: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not events.exists() or '"checkpoint"' not in events.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=60)
+        time.sleep(0.05)
+
+
 def assert_close(one: Path, other: Path) -> None:
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
@@ -125,7 +132,7 @@ def test_a_rank_that_dies_on_the_other_host_costs_nothing_but_time(train, two_ho
     assert done.returncode == 0, done.stderr
     name = f"killed-{launcher}"
     with two_hosts.started("a", "train", "./tiny.py", "--data", "tiny.h5", "--output", name, *words) as process:
-        wait_for_epochs(two_hosts.folder / name / "events.jsonl", process)
+        wait_for_checkpoint(two_hosts.folder / name / "events.jsonl", process)
         os.kill(two_hosts.rank_of("b"), signal.SIGKILL)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -143,7 +150,7 @@ def test_an_elastic_job_goes_on_without_the_other_host_and_takes_it_back(two_hos
         return [event["world_size"] for event in told if event["event"] == "elastic"]
 
     with two_hosts.started("a", *words) as process:
-        wait_for_epochs(events, process)
+        wait_for_checkpoint(events, process)
         os.kill(two_hosts.rank_of("b"), signal.SIGKILL)
         deadline = time.monotonic() + 90
         while sizes() != [1, 2]:
