@@ -45,8 +45,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(format_value(cell) for cell in row))
+    # mpirun gives its ranks a terminal, whose signs would end up in whatever reads what they print.
+    is_terminal = sys.stdout.isatty() and not launch.place().launcher
     # A pipe or a batch log has no width of its own; 80 columns would fold what a script's reader wants whole.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    console = Console(width=None if is_terminal else 120, force_terminal=is_terminal, highlight=False, markup=False)
     with console.capture() as text:
         console.print(title, style="bold", soft_wrap=True)
         console.print(drawn)

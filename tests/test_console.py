@@ -174,3 +174,19 @@ def test_native_noise_is_kept_away_unless_it_explains_a_failure(capfd, monkeypat
     with console.quiet():
         os.write(2, b"noise\n")
     assert capfd.readouterr().err == "noise\n"
+
+
+def test_a_rank_s_terminal_is_its_launcher_s_and_gets_no_signs():
+    """Open MPI gives rank 0 a terminal as stdout, and passes on what it reads from it."""
+    code = 'from hpcai_cli import console; console.table("Scores", ("metric",), [("accuracy",)])'
+    printed = []
+    for environ in ({}, {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}):
+        ours, theirs = pty.openpty()
+        try:
+            speak({"TERM": "xterm", **environ}, code, stdout=theirs, stderr=subprocess.PIPE)
+            printed.append(os.read(ours, 65_536).decode())
+        finally:
+            os.close(ours)
+            os.close(theirs)
+    assert "accuracy" in printed[0] and "\x1b[1m" in printed[0]
+    assert "accuracy" in printed[1] and "\x1b" not in printed[1]
