@@ -109,7 +109,8 @@ class Horovod:
         self._hvd.init()
         self._take_place()
 
-    def why_not_joined(self) -> str:
+    @staticmethod
+    def why_not_joined() -> str:
         """Return what has kept Horovod from starting, empty where it was built without that."""
         # Set by Horovod itself, of which Python's own copy of the variables knows nothing.
         getenv = ctypes.CDLL(None).getenv
@@ -279,6 +280,10 @@ def start(groups: Sequence[Sequence[int]] = ()) -> Serial | Horovod:
                            expected="Horovod built for the installed TensorFlow",
                            mend="run `hpcai doctor --build-horovod`", received=str(error)) from None
     except ValueError as error:
+        if reason := Horovod.why_not_joined():
+            raise MissingError(f"{place.launcher} started {place.size} processes, which do not find each other",
+                               expected="hosts that reach each other's ports", received=reason,
+                               mend="run `hpcai doctor --hosts ...`") from None
         # So Horovod says that it does not see the ranks of a group.
         raise MissingError(f"{place.launcher} started {place.size} processes, but Horovod does not see all of them",
                            expected="Horovod built with MPI, or the job started by horovodrun",

@@ -2,6 +2,7 @@
 it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -167,7 +168,8 @@ def test_another_release_and_another_clock_are_told(two_hosts):
     done = two_hosts.run("a", sys.executable, "-c", code)
     finding = json.loads(done.stdout)
     assert finding["status"] == "warning"
-    for words in ("Keras 3.12.0, here 3.15", "60 s ahead", "fewer cores than ranks"):
+    assert re.search(r"(59|60|61) s ahead", finding["value"])
+    for words in ("Keras 3.12.0, here 3.15", "fewer cores than ranks"):
         assert words in finding["value"], finding
     assert "-m pip install keras==3.15" in finding["mend"] and "chronyc" in finding["mend"]
     assert f"hpcai {__version__}" not in finding["value"]
