@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,36 @@ def test_it_goes_on_after_whatever_ended_it(hpcai, folder, number, code):
         assert events.count("started") == 1 and events.count("resumed") == 1
         assert epochs_of(each) == list(range(1, 401)) and before[each] == epochs_of(each)[:len(before[each])]
     assert len(list(Path("s/trials").glob("*.log"))) == 2
+
+
+@pytest.mark.long
+def test_trainings_that_a_killed_search_has_left_are_waited_for(hpcai, folder):
+    """They save themselves first, and a search that found nothing else to do must not take its budget for spent."""
+    process = started(*SLOW)
+    wait_until(is_under_way)
+    left = [json.loads(path.read_text())["process"] for path in Path("s/trials").glob("*/.lock")]
+    assert len(left) == 2
+    for each in left:
+        os.kill(each, signal.SIGSTOP)
+    process.kill()
+    process.communicate(timeout=60)
+    again = started(*SLOW, "--json")
+    with pytest.raises(subprocess.TimeoutExpired):
+        again.wait(timeout=6)
+    for each in left:
+        os.kill(each, signal.SIGCONT)
+    output, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert json.loads(output)["trials"] == {"complete": 2}
+    assert epochs_of(0) == epochs_of(1) == list(range(1, 401))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not built: run make horovod")
+def test_trials_of_two_ranks(hpcai, folder):
+    found = result(hpcai(*TUNE, *SEARCH, "--trials", 1, "--epochs", 2, "--np", 2, "--json"))
+    assert found["trials"] == {"complete": 1}
+    assert json.loads(Path("s/trials/0000/manifest.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.long

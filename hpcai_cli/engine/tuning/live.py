@@ -79,7 +79,8 @@ class Live:
                           *(format_value(each.params.get(name, "")) for name in names))
         for each in running:
             value = "" if each.value is None else f"{each.value:.4f}"
-            table.add_row(str(each.trial.number), f"{each.epoch}/{self._study.plan.recipe.epochs}", value,
+            epochs = each.settings.get("epochs", self._study.plan.recipe.epochs)
+            table.add_row(str(each.trial.number), f"{each.epoch}/{epochs}", value,
                           *[""] * (len(objectives) - 1), *(each.settings[name] for name in names), style="dim")
         return table
 

@@ -18,7 +18,7 @@ from hpcai_cli.engine.tuning import slots
 from hpcai_cli.engine.tuning.distributions import distribution_of
 from hpcai_cli.engine.tuning.study import Study
 from hpcai_cli.engine.tuning.trials import ENDING_SECONDS, LOOK_SECONDS, train_command
-from hpcai_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, HpcaiError, UsageError
+from hpcai_cli.errors import HpcaiError, UsageError
 from hpcai_cli.run import Run
 from hpcai_cli.search_space import Parameter, as_text
 from hpcai_cli.signals import StopRequest
@@ -78,9 +78,11 @@ class Population:
                 if generation and all(value is None for value in values.values()):
                     raise HpcaiError("no member of the population is left", mend=f"see {self._folder}")
                 segments = [self._segment(generation, member, before, values) for member in range(self._members)]
-                self._train([each for each in segments if each.member not in self._done(generation)])
-                if self._stop.received:
-                    return
+                # One that somebody else has stopped is taken up again.
+                while left := [each for each in segments if each.member not in self._done(generation)]:
+                    if self._stop.received:
+                        return
+                    self._train(left)
                 before = {each.member: each for each in segments}
                 self._forget(generation - 1)
 
@@ -127,9 +129,13 @@ class Population:
         waiting, running = list(segments), {}
         asked = 0.0
         while waiting and not self._stop.received or running:
-            while waiting and len(running) < self._slots.count and not self._stop.received:
+            for segment in list(waiting):
+                run = self._run(segment.member, segment.generation)
+                if self._stop.received or len(running) == self._slots.count or slots.is_being_trained(run):
+                    continue
                 slot = self._slots.free(list(running))
-                running[slot] = (waiting[0], self._start(slot, waiting.pop(0)))
+                running[slot] = segment, self._start(slot, segment)
+                waiting.remove(segment)
             time.sleep(LOOK_SECONDS)
             if self._stop.received:
                 asked = asked or time.monotonic()
@@ -163,8 +169,7 @@ class Population:
         run = self._run(segment.member, segment.generation)
         end = min(self._epochs, (segment.generation + 1) * self._interval)
         value = self._value(run, end)
-        stopped = code in (EXIT_STOPPED, EXIT_INTERRUPTED, -signal.SIGTERM)
-        if stopped and value is None or self._stop.received and code != 0 and value is None:
+        if value is None and (slots.was_stopped(code) or self._stop.received):
             return
         happened = "" if value is not None else slots.cause(code, run.failure_file, self._log(segment))
         trial = optuna.trial.create_trial(
@@ -178,20 +183,12 @@ class Population:
 
     def _value(self, run: Run, epoch: int) -> float | None:
         """Return the objective after an epoch; None where it did not come so far."""
-        name, found = self._plan.objectives[0].name, None
         try:
-            lines = run.events_file.read_text().splitlines()
+            events = run.events_file.read_bytes()
         except OSError:
             return None
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("event") == "epoch" and event.get("epoch") == epoch:
-                value = event.get(f"validation_{name}", event.get(name))
-                found = float(value) if isinstance(value, (int, float)) else None
-        return found
+        values = [self._plan.objectives[0].value_in(event) for event in slots.epochs(events) if event["epoch"] == epoch]
+        return values[-1] if values else None
 
     def _forget(self, generation: int) -> None:
         """Remove the checkpoints of a generation, of which the next one has copies."""

@@ -1,14 +1,16 @@
-"""Shares of this host's cores and GPUs, and trainings that are started on them."""
+"""Shares of this host's cores and GPUs, trainings that are started on them, and what they tell."""
 
+import json
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcai_cli import last_will, launch
+from hpcai_cli import last_will, launch, run_lock
 from hpcai_cli.engine import machine
-from hpcai_cli.run import read_json
+from hpcai_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, HpcaiError
+from hpcai_cli.run import Run, read_json
 
 
 class Slots:
@@ -51,6 +53,34 @@ class Slots:
             return subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL,
                                     stdout=subprocess.DEVNULL, stderr=stream, env=environment, preexec_fn=prepare,
                                     start_new_session=True)
+
+
+def is_being_trained(run: Run) -> bool:
+    """Tell whether a training has the run's folder, such as one whose search was killed and that is just ending."""
+    try:
+        if run.folder.exists():
+            run_lock.check(run.folder)
+    except HpcaiError:
+        return True
+    return False
+
+
+def was_stopped(code: int) -> bool:
+    """Tell whether a training ended because it was asked to, so that it can be gone on with."""
+    return code in (EXIT_STOPPED, EXIT_INTERRUPTED, -signal.SIGTERM)
+
+
+def epochs(events: bytes) -> list[dict]:
+    """Return the complete epochs among lines of events.jsonl, of which a kill may have torn one."""
+    found = []
+    for line in events.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("event") == "epoch":
+            found.append(event)
+    return found
 
 
 def cause(code: int, failure: Path, log: Path) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,11 @@ class Objective:
         if direction not in ("", "min", "max"):
             raise UsageError("cannot read --objective", expected="NAME, NAME:min or NAME:max", received=text)
         return cls(name, direction == "max" if direction else not small)
+
+    def value_in(self, figures: Mapping[str, object]) -> float | None:
+        """Return the figure among those of an epoch or of a run, of which the validation's counts; None without it."""
+        value = figures.get(f"validation_{self.name}", figures.get(self.name))
+        return float(value) if isinstance(value, (int, float)) else None
 
     @property
     def direction(self) -> str:
@@ -209,7 +214,7 @@ class Study:
             return None
         first = self.plan.objectives[0]
         trial = sorted(front, key=lambda trial: trial.values[0], reverse=first.is_maximized)[0]
-        document = self.plan.settings | {name: _plain(value) for name, value in trial.params.items()}
+        document = self.plan.settings | trial.params
         if not self.best_file.exists() or read_json(self.best_file) != document:
             write_json(self.best_file, document)
         return document
@@ -217,10 +222,6 @@ class Study:
     def run_of(self, number: int) -> Path:
         """Return the folder of a trial's run."""
         return self.trials / f"{number:04d}"
-
-
-def _plain(value: object) -> object:
-    return value if isinstance(value, (int, float, str)) else str(value)
 
 
 def _write_once(file: Path, document: dict) -> None:

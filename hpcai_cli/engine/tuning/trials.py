@@ -13,10 +13,10 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from hpcai_cli import launch, run_lock
+from hpcai_cli import launch
 from hpcai_cli.engine.tuning import slots
 from hpcai_cli.engine.tuning.study import Plan, Study
-from hpcai_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, HpcaiError, UsageError
+from hpcai_cli.errors import HpcaiError, UsageError
 from hpcai_cli.run import Run, read_json
 from hpcai_cli.signals import StopRequest
 
@@ -46,7 +46,6 @@ class Training:
     read: int = 0
     """Bytes of events.jsonl."""
     epoch: int = 0
-    epochs: int = 0
     value: float | None = None
     """The first objective after the newest epoch."""
     is_pruned: bool = False
@@ -78,6 +77,7 @@ class Trials:
         self._slots, self._budget, self._stop, self._show, self._tell = slots.Slots(
             workers, study.plan.np), budget, stop, show, tell
         self._running: list[Training] = []
+        self._is_one_ending = False
 
     def work(self) -> None:
         """Train until nothing is left to do or the stop was asked for.
@@ -87,13 +87,12 @@ class Trials:
         """
         try:
             while not self._stop.received:
-                for training in list(self._running):
-                    self._follow(training)
-                self._end_if_hopeless()
+                if any([self._follow(training) for training in list(self._running)]):
+                    self._end_if_hopeless()
                 while len(self._running) < self._slots.count and not self._stop.received and self._begin():
                     pass
                 self._show(self._running)
-                if not self._running and self._is_spent():
+                if not self._running and not self._is_one_ending and self._is_spent():
                     return
                 time.sleep(LOOK_SECONDS)
         finally:
@@ -113,16 +112,14 @@ class Trials:
         return training is not None
 
     def _orphan(self, slot: int) -> Training | None:
-        mine = {each.trial.number for each in self._running}
+        """Take up a trial whose search was killed, when its training has ended."""
+        mine, self._is_one_ending = {each.trial.number for each in self._running}, False
         for frozen in self._record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if frozen.number in mine or (claim := self._claimed(frozen.number)) is None:
                 continue
             run = Run(self._study.run_of(frozen.number))
-            try:
-                if run.folder.exists():
-                    run_lock.check(run.folder)
-            except HpcaiError:
-                # Its training is just ending.
+            if slots.is_being_trained(run):
+                self._is_one_ending = True
                 os.close(claim)
                 continue
             trial = optuna.Trial(self._record, frozen._trial_id)
@@ -169,16 +166,14 @@ class Trials:
 
     # ---- What becomes of it ----------------------------------------------------------------------------------------
 
-    def _follow(self, training: Training) -> None:
-        """Pass on what a training has told, prune it where that is due, and take in its end."""
+    def _follow(self, training: Training) -> bool:
+        """Pass on what a training has told, prune it where that is due, and return whether it has ended."""
         code = training.process.poll()
         for event in self._events(training):
-            training.epoch, training.epochs = event["epoch"], self._plan.recipe.epochs
-            name = self._plan.objectives[0].name
-            value = event.get(f"validation_{name}", event.get(name))
-            if not isinstance(value, (int, float)):
+            training.epoch, value = event["epoch"], self._plan.objectives[0].value_in(event)
+            if value is None:
                 continue
-            training.value = float(value)
+            training.value = value
             known = self._record.get_trials(deepcopy=False)[training.trial.number].intermediate_values
             # Optuna takes none where there are several objectives.
             if training.epoch not in known and len(self._plan.objectives) == 1:
@@ -192,6 +187,7 @@ class Trials:
             self._running.remove(training)
             self._finish(training, code)
             os.close(training.claim)
+        return code is not None
 
     def _events(self, training: Training) -> list[dict]:
         """Return the epochs that have ended since the last look."""
@@ -203,15 +199,7 @@ class Trials:
             return []
         whole = new[:new.rfind(b"\n") + 1]
         training.read += len(whole)
-        found = []
-        for line in whole.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and event.get("event") == "epoch":
-                found.append(event)
-        return found
+        return slots.epochs(whole)
 
     def _ask_to_stop(self, training: Training) -> None:
         if not training.stopped and training.process.poll() is None:
@@ -222,9 +210,9 @@ class Trials:
         """Tell Optuna how a training ended."""
         if code == 0:
             self._complete(training)
-        elif training.is_pruned and code in (EXIT_STOPPED, EXIT_INTERRUPTED, -signal.SIGTERM):
+        elif training.is_pruned and slots.was_stopped(code):
             self._end(training, TrialState.PRUNED, f"pruned after epoch {training.epoch}")
-        elif code in (EXIT_STOPPED, EXIT_INTERRUPTED, -signal.SIGTERM) or training.stopped:
+        elif slots.was_stopped(code) or training.stopped:
             # It was interrupted, and is taken up again where it was.
             return
         else:
@@ -232,17 +220,17 @@ class Trials:
             self._end(training, TrialState.FAIL, cause, exit_code=code)
 
     def _complete(self, training: Training) -> None:
-        metrics = read_json(training.run.result_file)["metrics"]
+        document = read_json(training.run.result_file)
+        metrics = document["metrics"] | {"parameters": document.get("parameters")}
         if any(objective.name == "latency_ms" for objective in self._plan.objectives):
             metrics["latency_ms"] = self._latency_ms(training)
-        metrics["parameters"] = read_json(training.run.result_file).get("parameters")
         values = []
         for objective in self._plan.objectives:
-            value = metrics.get(f"validation_{objective.name}", metrics.get(objective.name))
-            if not isinstance(value, (int, float)):
+            value = objective.value_in(metrics)
+            if value is None:
                 raise UsageError(f"a training has no {objective.name}", received=str(objective),
                                  expected=f"one of {', '.join(sorted(map(str, metrics)))}")
-            values.append(float(value))
+            values.append(value)
         self._end(training, TrialState.COMPLETE, "", values=values)
 
     def _latency_ms(self, training: Training) -> float:

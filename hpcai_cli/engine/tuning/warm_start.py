@@ -40,8 +40,7 @@ def _trial(study: Study, run: Run, name: str) -> optuna.trial.FrozenTrial | None
                         received=str(run.manifest().get("data_fingerprint"))[:12])
     document = read_json(run.result_file)
     metrics = document["metrics"] | {"parameters": document.get("parameters")}
-    values = [metrics.get(f"validation_{objective.name}", metrics.get(objective.name))
-              for objective in study.plan.objectives]
+    values = [objective.value_in(metrics) for objective in study.plan.objectives]
     recipe = run.recipe().to_json()
     settings = recipe | recipe["options"]
     params, distributions = {}, {}
@@ -51,10 +50,10 @@ def _trial(study: Study, run: Run, name: str) -> optuna.trial.FrozenTrial | None
         if not isinstance(value, (int, float, str)) or not _contains(parameter, value):
             return None
         params[parameter.name], distributions[parameter.name] = value, distribution_of(parameter)
-    if not all(isinstance(value, (int, float)) for value in values):
+    if None in values:
         return None
     return optuna.trial.create_trial(state=TrialState.COMPLETE, params=params, distributions=distributions,
-                                     values=list(map(float, values)), user_attrs={WARM: name})
+                                     values=values, user_attrs={WARM: name})
 
 
 def _contains(parameter: Parameter, value: object) -> bool:
