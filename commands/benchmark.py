@@ -117,6 +117,7 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, metavar="N", help="Trials of a search.")] = 20,
     search: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="The space; by default the "
                                                      "recipe's.")] = None,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Trials at a time.")] = 2,
 ) -> Iterable:
     """Searches for better settings: against random trials, with pruning, with two workers. Takes hours.
 
@@ -126,7 +127,7 @@ def tune(
     """
     objective = "roc_auc" if catalog.find(recipe).recipe.best_by == "roc_auc" else "accuracy"
     return _module("tuning").measure(recipe, _dataset(data), seeds=seeds, trials=trials, search=search or [],
-                                     objective=objective)
+                                     objective=objective, workers=workers)
 
 
 @_benchmark

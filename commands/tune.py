@@ -29,9 +29,9 @@ def tune(
     objective: Annotated[list[str] | None, typer.Option(
         metavar="NAME[:min|max]", help="A validation figure of the training, or parameters, seconds or latency_ms; "
         "repeatable. By default what the recipe chooses its best epoch by.")] = None,
-    method: Annotated[str, typer.Option(help="tpe, random, grid, cmaes, or population: members that train side by "
-                                        "side, the worst going on from the best with changed settings "
-                                        "(arXiv 1711.09846).")] = "tpe",
+    method: Annotated[str, typer.Option(help="tpe or cmaes, which begin with the recipe's own settings; random; grid; "
+                                        "or population: members that train side by side, the worst going on from the "
+                                        "best with changed settings (arXiv 1711.09846).")] = "tpe",
     population: Annotated[int, typer.Option(min=2, metavar="N", help="Members of a population.")] = 8,
     interval: Annotated[int, typer.Option(min=1, metavar="EPOCHS", help="After which members are compared.")] = 1,
     pruner: Annotated[str, typer.Option(help="none, asha or hyperband: what ends trials early that lag.")] = "none",

@@ -43,6 +43,14 @@ class Parameter:
         raise UsageError("a grid needs values that can be counted", expected=f"{self.name}=ONE,TWO,THREE",
                          received=f"{self.name}={self.text}")
 
+    def value_of(self, recipe: Recipe) -> object | None:
+        """Return what a recipe has set; None where it is not among the values that are searched."""
+        value = _settings(recipe).get(self.name)
+        if self.kind == "choice":
+            return next((choice for choice in self.choices if value == _settings(
+                recipe.override({self.name: choice})).get(self.name)), None)
+        return value if isinstance(value, (int, float)) and self.low <= value <= self.high else None
+
 
 def parse(pairs: Mapping[str, str], recipe: Recipe) -> tuple[Parameter, ...]:
     """Read what is to be searched, in the order of the names; the recipe's own types and limits hold.

@@ -99,6 +99,15 @@ def test_what_was_trained_before_is_learned_from(hpcai, folder):
     assert result(hpcai(*words))["metrics"]["loss"] <= loss
 
 
+def test_it_begins_with_the_settings_of_the_recipe(hpcai, folder):
+    own = json.loads(hpcai("recipes", "show", "./tiny.py", "--json").stdout)["recipe"]
+    words = ("--search", f"batch_size=4,{own['batch_size']}", "--epochs", 1, "--trials", 1, "--json")
+    found = result(hpcai(*TUNE, *SEARCH, *words))
+    assert found["best"][0]["params"] == {"learning_rate": own["learning_rate"], "batch_size": str(own["batch_size"])}
+    elsewhere = result(hpcai("tune", "./tiny.py", "--data", "tiny.h5", "--search", "learning_rate=1e-6:1e-5", *words))
+    assert 1e-6 <= elsewhere["best"][0]["params"]["learning_rate"] <= 1e-5
+
+
 def test_trials_that_lag_are_ended_early(hpcai, folder):
     found = result(hpcai(*TUNE, "--search", "learning_rate=0.05,1e-7", "--method", "grid", "--set", "schedule=constant",
                          "--pruner", "asha", "--epochs", 9, "--json"))
@@ -319,10 +328,10 @@ def test_the_benchmark_of_it(hpcai, folder, monkeypatch):
     found = result(hpcai("benchmark", "tune", "./tiny.py", "--data", "tiny.h5", "--seeds", 1, "--trials", 3, *SEARCH,
                          "--json"))
     figures = {row["name"]: row for row in found["figures"]}
-    assert len(figures) == 6
+    assert len(figures) == 7
     title = "./tiny.py, 3 trials"
     assert figures[f"{title}: seeds with which TPE is better than random trials"]["value"] in (0, 1)
     assert figures[f"{title}: epochs with ASHA"]["value"] <= 1
-    assert figures[f"{title}: time beside the trainings"]["value"] > 0
+    assert figures[f"{title}: time beside the trials"]["value"] > 0
     workers = figures["./tiny.py: trials per hour of two workers on two cores against one on one"]
     assert 0.5 < workers["value"] < 3 and workers["limit"] == 1.8

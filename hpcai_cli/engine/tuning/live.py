@@ -2,19 +2,31 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
 
 from hpcai_cli import console
 from hpcai_cli.console import format_value
-from hpcai_cli.engine.tuning.study import Study
-from hpcai_cli.engine.tuning.trials import DONE, Training
+from hpcai_cli.engine.tuning.study import DONE, Study
 
 ROWS = 8
-"""Of the trials that are over, the best and the newest."""
+"""Of the trials that are over, the best."""
 _REDRAW_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training that runs has come."""
+
+    name: str
+    epoch: int
+    epochs: int
+    value: float | None
+    """The first objective after that epoch."""
+    settings: Mapping[str, str]
 
 
 class Live:
@@ -22,10 +34,12 @@ class Live:
 
     Args:
         budget: trials in all; None where only time ends it.
+        seconds: that it may take; None for as many as it needs.
     """
 
-    def __init__(self, study: Study, budget: int | None):
-        self._study, self._budget, self._started, self._drawn = study, budget, time.monotonic(), 0.0
+    def __init__(self, study: Study, budget: int | None, seconds: float | None):
+        self._study, self._budget, self._seconds = study, budget, seconds
+        self._started, self._drawn = time.monotonic(), 0.0
         self._already = self._over()
         self._live = None
 
@@ -58,13 +72,13 @@ class Live:
         else:
             console.note(f"{line}; {self._left()}")
 
-    def show(self, running: Sequence[Training]) -> None:
+    def show(self, running: Sequence[Progress]) -> None:
         """Draw the table anew, on a terminal and now and then."""
         if self._live and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._drawn = time.monotonic()
             self._live.update(self._table(running), refresh=True)
 
-    def _table(self, running: Sequence[Training]):
+    def _table(self, running: Sequence[Progress]):
         from rich.box import SIMPLE
         from rich.table import Table
 
@@ -79,8 +93,7 @@ class Live:
                           *(format_value(each.params.get(name, "")) for name in names))
         for each in running:
             value = "" if each.value is None else f"{each.value:.4f}"
-            epochs = each.settings.get("epochs", self._study.plan.recipe.epochs)
-            table.add_row(str(each.trial.number), f"{each.epoch}/{epochs}", value,
+            table.add_row(each.name, f"{each.epoch}/{each.epochs}", value,
                           *[""] * (len(objectives) - 1), *(each.settings[name] for name in names), style="dim")
         return table
 
@@ -90,7 +103,9 @@ class Live:
     def _left(self) -> str:
         over, seconds = self._over(), time.monotonic() - self._started
         text = f"{over} of {self._budget} trials" if self._budget else f"{over} trials"
+        left = [] if self._seconds is None else [max(0.0, self._seconds - seconds)]
         if self._budget and over > self._already:
-            left = (self._budget - over) * seconds / (over - self._already)
-            text += f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
+            left.append((self._budget - over) * seconds / (over - self._already))
+        if left:
+            text += f", {min(left) / 60:.0f} min left" if min(left) >= 90 else f", {min(left):.0f} s left"
         return text

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpcai_cli import run_lock
 from hpcai_cli.engine.tuning import slots
 from hpcai_cli.engine.tuning.distributions import distribution_of
+from hpcai_cli.engine.tuning.live import Progress
 from hpcai_cli.engine.tuning.study import Study
 from hpcai_cli.engine.tuning.trials import ENDING_SECONDS, LOOK_SECONDS, train_command
 from hpcai_cli.errors import HpcaiError, UsageError
@@ -52,13 +53,15 @@ class Population:
 
     Args:
         interval: epochs of a generation.
+        show: called with what trains, whenever something may have changed.
         tell: called with each segment that is over, and what happened.
     """
 
     def __init__(self, study: Study, *, members: int, interval: int, workers: int, stop: StopRequest,
-                 tell: Callable[[FrozenTrial, str], None]):
+                 show: Callable[[list[Progress]], None], tell: Callable[[FrozenTrial, str], None]):
         self._study, self._plan, self._members, self._interval = study, study.plan, members, interval
-        self._slots, self._stop, self._tell = slots.Slots(workers, study.plan.np), stop, tell
+        self._slots, self._stop = slots.Slots(workers, study.plan.np), stop
+        self._show, self._tell = show, tell
         self._epochs = study.plan.recipe.epochs
         self._folder = study.folder / "population"
 
@@ -100,6 +103,8 @@ class Population:
     def _segment(self, generation: int, member: int, before: dict[int, Segment],
                  values: dict[int, float | None]) -> Segment:
         draw = random.Random(f"{self._plan.seed} {generation} {member}")
+        if generation == 0 and member == 0 and (own := self._plan.own_points()):
+            return Segment(member, 0, member, own[0])
         if generation == 0:
             return Segment(member, 0, member, {each.name: _drawn(each, draw) for each in self._plan.space})
         sign = -1 if self._plan.objectives[0].is_maximized else 1
@@ -136,6 +141,7 @@ class Population:
                 slot = self._slots.free(list(running))
                 running[slot] = segment, self._start(slot, segment)
                 waiting.remove(segment)
+            self._show([self._progress(segment) for segment, _ in running.values()])
             time.sleep(LOOK_SECONDS)
             if self._stop.received:
                 asked = asked or time.monotonic()
@@ -168,7 +174,7 @@ class Population:
     def _finish(self, segment: Segment, code: int) -> None:
         run = self._run(segment.member, segment.generation)
         end = min(self._epochs, (segment.generation + 1) * self._interval)
-        value = self._value(run, end)
+        value = self._values(run).get(end)
         if value is None and (slots.was_stopped(code) or self._stop.received):
             return
         happened = "" if value is not None else slots.cause(code, run.failure_file, self._log(segment))
@@ -181,14 +187,20 @@ class Population:
         self._study.record.add_trial(trial)
         self._tell(self._study.record.get_trials(deepcopy=False)[-1], happened)
 
-    def _value(self, run: Run, epoch: int) -> float | None:
-        """Return the objective after an epoch; None where it did not come so far."""
+    def _values(self, run: Run) -> dict[int, float | None]:
+        """Return the objective after each epoch so far."""
         try:
             events = run.events_file.read_bytes()
         except OSError:
-            return None
-        values = [self._plan.objectives[0].value_in(event) for event in slots.epochs(events) if event["epoch"] == epoch]
-        return values[-1] if values else None
+            return {}
+        return {event["epoch"]: self._plan.objectives[0].value_in(event) for event in slots.epochs(events)}
+
+    def _progress(self, segment: Segment) -> Progress:
+        run = self._run(segment.member, segment.generation)
+        values = self._values(run)
+        epoch = max(values, default=segment.generation * self._interval)
+        return Progress(run.folder.name, epoch, self._epochs, values.get(epoch),
+                        {name: as_text(value) for name, value in segment.params.items()})
 
     def _forget(self, generation: int) -> None:
         """Remove the checkpoints of a generation, of which the next one has copies."""

@@ -1,5 +1,6 @@
 """A search from what was asked for to its result: the plan, the trials, what was found."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,9 +58,12 @@ def search(request: job.Request, settings: Mapping[str, str], *, pairs: Mapping[
     count = workers or max(1, len(machine.gpus()) // np)
     console.note(f"{study.folder}: {', '.join(map(str, plan.objectives))} of {plan.recipe.name} on {plan.data}, "
                  f"{count} at a time by {method}" + ("" if pruner == "none" else f", pruned by {pruner}"))
-    with StopRequest() as stop, limit.watching(stop), Live(study, budget) as live:
+    total = {"grid": lambda: len(grid(plan.space)),
+             "population": lambda: members * math.ceil(plan.recipe.epochs / interval)}.get(method, lambda: budget)()
+    with StopRequest() as stop, limit.watching(stop), Live(study, total, seconds) as live:
         if method == "population":
-            Population(study, members=members, interval=interval, workers=count, stop=stop, tell=live.tell).work()
+            Population(study, members=members, interval=interval, workers=count, stop=stop, show=live.show,
+                       tell=live.tell).work()
         else:
             trainings.Trials(study, workers=count, budget=budget, stop=stop, show=live.show, tell=live.tell).work()
     result = found(study)

@@ -4,11 +4,12 @@ import contextlib
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
+from optuna.trial import TrialState
 
 from hpcai_cli.engine.tuning.journal import JournalLock
 from hpcai_cli.errors import DataError, UsageError
@@ -19,6 +20,7 @@ from hpcai_cli.search_space import Parameter, as_text, grid, parse
 SCHEMA = "hpcai.study/1"
 METHODS = ("tpe", "random", "grid", "cmaes", "population")
 PRUNERS = ("none", "asha", "hyperband")
+DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 STARTUP = 5
 """Trials that TPE draws at random before it learns from them; Optuna's default of 10 is half of a small budget."""
 
@@ -84,6 +86,11 @@ class Plan:
                 "search": {parameter.name: parameter.text for parameter in self.space},
                 "objectives": list(map(str, self.objectives)), "method": self.method, "pruner": self.pruner,
                 "seed": self.seed, "np": self.np}
+
+    def own_points(self) -> list[dict[str, object]]:
+        """Return the recipe's own settings, which a search begins with; nothing where they are not in its space."""
+        values = {parameter.name: parameter.value_of(self.recipe) for parameter in self.space}
+        return [] if None in values.values() else [values]
 
     @classmethod
     def from_json(cls, document: dict, *, where: str) -> "Plan":
@@ -154,7 +161,9 @@ class Study:
                              received=storage)
         made = cls(folder, plan, str(document["name"]), document["storage"])
         if plan.method == "grid":
-            made._enqueue_grid()
+            made._enqueue(grid(plan.space))
+        elif plan.method in ("tpe", "cmaes"):
+            made._enqueue(plan.own_points())
         return made
 
     @classmethod
@@ -172,10 +181,11 @@ class Study:
         return cls(folder, Plan.from_json(document, where=str(file)), str(document.get("name")),
                    document.get("storage"))
 
-    def _enqueue_grid(self) -> None:
+    def _enqueue(self, points: Sequence[dict[str, object]]) -> None:
+        """Have these tried before all others, in a study that is new."""
         with self.turn():
             if not self.record.get_trials(deepcopy=False):
-                for point in grid(self.plan.space):
+                for point in points:
                     self.record.enqueue_trial(point)
 
     @contextlib.contextmanager
@@ -203,8 +213,7 @@ class Study:
 
     def best(self) -> list[optuna.trial.FrozenTrial]:
         """Return the best trial, or with several objectives those that no other beats in all; none before the first."""
-        done = [trial for trial in self.record.get_trials(deepcopy=False)
-                if trial.state == optuna.trial.TrialState.COMPLETE]
+        done = [trial for trial in self.record.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
         return sorted(self.record.best_trials, key=lambda trial: trial.number) if done else []
 
     def write_best(self) -> dict | None:

@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 
 from hpcai_cli import launch
 from hpcai_cli.engine.tuning import slots
-from hpcai_cli.engine.tuning.study import Plan, Study
+from hpcai_cli.engine.tuning.live import Progress
+from hpcai_cli.engine.tuning.study import DONE, Plan, Study
 from hpcai_cli.errors import HpcaiError, UsageError
 from hpcai_cli.run import Run, read_json
 from hpcai_cli.signals import StopRequest
@@ -26,7 +27,6 @@ HOPELESS = 3
 """Trials that fail, all from the first, end the study."""
 ENDING_SECONDS = 60
 """For a training that was asked to stop; then it is killed, and resumed from an older checkpoint."""
-DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 WARM = "from"
 """Attribute of a trial that was not trained here."""
 
@@ -72,7 +72,7 @@ class Trials:
     """
 
     def __init__(self, study: Study, *, workers: int, budget: int | None, stop: StopRequest,
-                 show: Callable[[list[Training]], None], tell: Callable[[optuna.trial.FrozenTrial, str], None]):
+                 show: Callable[[list[Progress]], None], tell: Callable[[optuna.trial.FrozenTrial, str], None]):
         self._study, self._record, self._plan = study, study.record, study.plan
         self._slots, self._budget, self._stop, self._show, self._tell = slots.Slots(
             workers, study.plan.np), budget, stop, show, tell
@@ -91,7 +91,7 @@ class Trials:
                     self._end_if_hopeless()
                 while len(self._running) < self._slots.count and not self._stop.received and self._begin():
                     pass
-                self._show(self._running)
+                self._show(list(map(self._progress, self._running)))
                 if not self._running and not self._is_one_ending and self._is_spent():
                     return
                 time.sleep(LOOK_SECONDS)
@@ -163,6 +163,10 @@ class Trials:
 
     def _log_of(self, number: int) -> Path:
         return self._study.trials / f"{number:04d}.log"
+
+    def _progress(self, training: Training) -> Progress:
+        epochs = int(training.settings.get("epochs", self._plan.recipe.epochs))
+        return Progress(str(training.trial.number), training.epoch, epochs, training.value, training.settings)
 
     # ---- What becomes of it ----------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from hpcai_cli.engine.tuning.study import Study
 from hpcai_cli.engine.tuning.trials import WARM
 from hpcai_cli.errors import DataError
 from hpcai_cli.run import Run, read_json
-from hpcai_cli.search_space import Parameter, as_text
 
 
 def learn(study: Study, path: Path) -> None:
@@ -41,20 +40,13 @@ def _trial(study: Study, run: Run, name: str) -> optuna.trial.FrozenTrial | None
     document = read_json(run.result_file)
     metrics = document["metrics"] | {"parameters": document.get("parameters")}
     values = [objective.value_in(metrics) for objective in study.plan.objectives]
-    recipe = run.recipe().to_json()
-    settings = recipe | recipe["options"]
+    recipe = run.recipe()
     params, distributions = {}, {}
     for parameter in study.plan.space:
-        value = settings.get(parameter.name)
-        value = as_text(value) if parameter.kind == "choice" else value
-        if not isinstance(value, (int, float, str)) or not _contains(parameter, value):
+        if (value := parameter.value_of(recipe)) is None:
             return None
         params[parameter.name], distributions[parameter.name] = value, distribution_of(parameter)
     if None in values:
         return None
     return optuna.trial.create_trial(state=TrialState.COMPLETE, params=params, distributions=distributions,
                                      values=values, user_attrs={WARM: name})
-
-
-def _contains(parameter: Parameter, value: object) -> bool:
-    return value in parameter.choices if parameter.kind == "choice" else parameter.low <= value <= parameter.high
