@@ -112,5 +112,4 @@ def _print(result: dict, json: bool) -> None:
         console.result(f"{result['page']}")
     if result["set"]:
         console.result(f"best: {result['set']}")
-        console.result(f"next: hpcai train {result['recipe']} --data {result['data']} --from "
-                       f"{result['study']}/best.json")
+        console.result(f"next: {result['next']}")

@@ -65,7 +65,8 @@ def test_trials_side_by_side_and_the_best_goes_on_to_train(hpcai, folder):
     page = Path("s/report.html").read_text()
     assert page.count("<img") == 5 and found["set"] in page
     text = hpcai("tune", "show", "s").stdout
-    assert "hpcai train" in text and "--from s/best.json" in text
+    assert found["next"] in text
+    assert found["next"] == "hpcai train ./tiny.py --data tiny.h5 --from s/best.json"
 
 
 @pytest.mark.long
@@ -313,8 +314,10 @@ def test_a_population_goes_on_from_its_best_member_also_after_a_kill(hpcai, fold
     assert sorted(events) == [f"{member:02d}-{generation:03d}" for member in range(3) for generation in range(3)]
     assert all(max(event["epoch"] for event in told if event["event"] == "epoch") == int(name[-3:]) + 1
                for name, told in events.items())
-    assert found["best"][0]["run"].startswith("s/population/")
-    assert Path(found["best"][0]["run"], "recipe.json").is_file()
+    assert found["best"][0]["run"].startswith("s/population/") and found["best"][0]["run"].endswith("-002")
+    assert found["next"] == f"hpcai evaluate {found['best'][0]['run']}"
+    evaluated = result(hpcai(*found["next"].split()[1:], "--split", "validation", "--json"))
+    assert evaluated["metrics"]["loss"] == pytest.approx(found["metrics"]["loss"], rel=1e-4)
     other = hpcai(*words[:-1], 1, "--interval", 2)
     assert other.exit_code == 2 and "begun otherwise" in other.stderr
 

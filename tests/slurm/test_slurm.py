@@ -49,7 +49,8 @@ def epochs_that_last(seconds: float, run: Path) -> int:
 def epochs_over_the_limit(slurm, tasks: int, launcher: str = "auto") -> int:
     """Return epochs with batches of one that Slurm stops at least once where the limit is 2 minutes.
 
-    Its signal 50 seconds before comes up to a minute too early: 10 to 70 seconds after the start of a job.
+    Its signal 50 seconds before comes up to a minute too early: 10 to 70 seconds after the start of a job. So many
+    epochs take longer than the first hundred, since each checkpoint has the history.
     """
     outside = "horovodrun" if launcher == "horovodrun" else "auto"
     run = slurm.work / f"paced-{tasks}-{outside}"
@@ -57,7 +58,7 @@ def epochs_over_the_limit(slurm, tasks: int, launcher: str = "auto") -> int:
         done = slurm.hpcai(*TRAIN, "--batch-size", 1, "--epochs", 100, "--np", tasks, "--launcher", outside, "--output",
                            run)
         assert done.returncode == 0, done.stderr
-    return epochs_that_last(85, run)
+    return epochs_that_last(65, run)
 
 
 def arrays(run: Path) -> dict[str, np.ndarray]:
@@ -193,7 +194,7 @@ def test_without_a_signal_the_limit_is_read_from_slurm(slurm, tasks, launcher):
 @pytest.mark.timeout(1200)
 def test_mnist_to_the_same_accuracy_with_a_limit_on_the_way(slurm, train_mnist):
     words, _ = train_mnist(5)
-    words, accuracy = train_mnist(epochs_that_last(85, Path(words[words.index("--data") + 1]).with_name("run-5")))
+    words, accuracy = train_mnist(epochs_that_last(75, Path(words[words.index("--data") + 1]).with_name("run-5")))
     job, run = submitted(slurm, "--tasks-per-node", 2, "--time", 2, "--signal-before", 50, "--", *words)
     assert ended(slurm, job, 900) == "done", log(slurm, job)
     assert "queued again to go on" in log(slurm, job)

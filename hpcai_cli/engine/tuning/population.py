@@ -17,7 +17,7 @@ from hpcai_cli import run_lock
 from hpcai_cli.engine.tuning import slots
 from hpcai_cli.engine.tuning.distributions import distribution_of
 from hpcai_cli.engine.tuning.live import Progress
-from hpcai_cli.engine.tuning.study import Study
+from hpcai_cli.engine.tuning.study import GENERATION, Study
 from hpcai_cli.engine.tuning.trials import ENDING_SECONDS, LOOK_SECONDS, train_command
 from hpcai_cli.errors import HpcaiError, UsageError
 from hpcai_cli.run import Run
@@ -122,7 +122,7 @@ class Population:
         """Return the members that have trained a generation, with what they came to; None for one that failed."""
         return {trial.user_attrs["member"]: trial.values[0] if trial.values else None
                 for trial in self._study.record.get_trials(deepcopy=False)
-                if trial.user_attrs.get("generation") == generation}
+                if trial.user_attrs.get(GENERATION) == generation}
 
     # ---- Training --------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Population:
             state=TrialState.FAIL if value is None else TrialState.COMPLETE, value=value, params=segment.params,
             distributions={each.name: distribution_of(each) for each in self._plan.space},
             intermediate_values={} if value is None else {end: value},
-            user_attrs={"member": segment.member, "generation": segment.generation, "parent": segment.parent,
+            user_attrs={"member": segment.member, GENERATION: segment.generation, "parent": segment.parent,
                         "happened": happened, "exit_code": code, RUN: str(run.folder)})
         self._study.record.add_trial(trial)
         self._tell(self._study.record.get_trials(deepcopy=False)[-1], happened)

@@ -120,17 +120,21 @@ def found(study: Study) -> dict:
     states = Counter(trial.state for trial in frozen)
     best = study.write_best()
     plan = study.plan
+    rows = [_row(study, trial) for trial in study.best()]
+    # A population's best has been trained with settings that changed on the way: it cannot be trained again by them.
+    then = "" if not rows else (f"hpcai evaluate {rows[0]['run']}" if plan.method == "population" else
+                                f"hpcai train {plan.reference} --data {plan.data} --from {study.best_file}")
     return {"schema": "hpcai.tune/1", "command": "tune", "study": str(study.folder), "recipe": plan.reference,
             "data": plan.data, "objectives": [objective.name for objective in plan.objectives],
             "search": {parameter.name: parameter.text for parameter in plan.space},
             "trials": {state.name.lower(): states[state] for state in TrialState if states[state]},
-            "metrics": dict(zip((objective.name for objective in plan.objectives), front[0].values, strict=True))
-            if (front := study.best()) else {},
-            "best": [_row(study, trial) for trial in front],
+            "metrics": dict(zip((objective.name for objective in plan.objectives), rows[0]["values"], strict=True))
+            if rows else {},
+            "best": rows,
             "failed": [{"number": trial.number, "cause": trial.user_attrs.get("happened", "")} for trial in frozen
                        if trial.state == TrialState.FAIL],
             "set": " ".join(f"--set {name}={as_text(value)}" for name, value in (best or {}).items()),
-            "importance": {}, "page": ""}
+            "importance": {}, "page": "", "next": then}
 
 
 def _row(study: Study, trial: FrozenTrial) -> dict:

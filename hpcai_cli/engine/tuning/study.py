@@ -21,6 +21,8 @@ SCHEMA = "hpcai.study/1"
 METHODS = ("tpe", "random", "grid", "cmaes", "population")
 PRUNERS = ("none", "asha", "hyperband")
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+GENERATION = "generation"
+"""Attribute of a trial: how many comparisons of a population came before."""
 STARTUP = 5
 """Trials that TPE draws at random before it learns from them; Optuna's default of 10 is half of a small budget."""
 
@@ -212,8 +214,15 @@ class Study:
         return found
 
     def best(self) -> list[optuna.trial.FrozenTrial]:
-        """Return the best trial, or with several objectives those that no other beats in all; none before the first."""
+        """Return the best trial, or with several objectives those that no other beats in all; none before the first.
+
+        Of a population it is the best member as it is now.
+        """
         done = [trial for trial in self.record.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+        if done and self.plan.method == "population":
+            newest = max(trial.user_attrs[GENERATION] for trial in done)
+            last = [trial for trial in done if trial.user_attrs[GENERATION] == newest]
+            return sorted(last, key=lambda trial: trial.value, reverse=self.plan.objectives[0].is_maximized)[:1]
         return sorted(self.record.best_trials, key=lambda trial: trial.number) if done else []
 
     def write_best(self) -> dict | None:
