@@ -32,7 +32,7 @@ recipe = Recipe(
     weight_decay=1e-2,
     class_weights="balanced",
     decision_threshold="f1",
-    search={"learning_rate": "log:1e-5:1e-1", "batch_size": "32,64,128,256,512", "weight_decay": "log:1e-4:1",
+    search={"learning_rate": "log:1e-5:1e-1", "batch_size": "log:32:512", "weight_decay": "log:1e-4:1",
             "label_smoothing": "0:0.3"},
     best_by="roc_auc",
     options={"bins": 24, "units": 128, "dropout": 0.6},
