@@ -65,7 +65,7 @@ def tune(
         $ hpcai tune mnist-mlp --method population --population 8 --search learning_rate=log:1e-4:1e-1
         $ hpcai tune show studies/first
 
-    Next: hpcai train RECIPE --from STUDY/best.json
+    Next: hpcai train RECIPE --from STUDY/best.json --output STUDY/best
     """
     if missing := [name for name in ("optuna", *(("cmaes",) if method == "cmaes" else ()))
                    if launch.missing_package(name)]:
@@ -112,4 +112,4 @@ def _print(result: dict, json: bool) -> None:
         console.result(f"{result['page']}")
     if result["set"]:
         console.result(f"best: {result['set']}")
-        console.result(f"next: {result['next']}")
+        console.result("next: " + "\n      ".join(result["next"]))

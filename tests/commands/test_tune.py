@@ -47,9 +47,11 @@ def test_trials_side_by_side_and_the_best_goes_on_to_train(hpcai, folder):
     best = found["best"][0]
     assert best["number"] == figures.index(min(figures)) and best["run"] == f"s/trials/{best['number']:04d}"
     assert f"--set learning_rate={best['params']['learning_rate']!r}" in found["set"]
-    done = hpcai("train", "./tiny.py", "--data", "tiny.h5", "--from", "s/best.json", "--output", "again", "--json")
-    assert result(done)["metrics"]["validation_loss"] == pytest.approx(min(figures), rel=1e-5)
-    assert json.loads(Path("again/recipe.json").read_text())["momentum"] == 0.5
+    assert found["next"][0] == f"hpcai train {found['recipe']} --data tiny.h5 --from s/best.json --output s/best"
+    assert hpcai(*found["next"][0].split()[1:]).exit_code == 0
+    trained = json.loads(Path("s/best/result.json").read_text())
+    assert trained["metrics"]["validation_loss"] == pytest.approx(min(figures), rel=1e-5)
+    assert json.loads(Path("s/best/recipe.json").read_text())["momentum"] == 0.5
 
     more = result(hpcai(*words, "--trials", 4))
     assert more["trials"] == {"complete": 4}
@@ -65,8 +67,16 @@ def test_trials_side_by_side_and_the_best_goes_on_to_train(hpcai, folder):
     page = Path("s/report.html").read_text()
     assert page.count("<img") == 5 and found["set"] in page
     text = hpcai("tune", "show", "s").stdout
-    assert found["next"] in text
-    assert found["next"] == "hpcai train ./tiny.py --data tiny.h5 --from s/best.json"
+    assert all(command in text for command in found["next"]) and len(found["next"]) == 4
+
+
+@pytest.mark.long
+def test_what_it_prints_leads_to_a_model_for_users(hpcai, folder):
+    found = result(hpcai(*TUNE, *SEARCH, "--trials", 2, "--epochs", 3, "--json"))
+    for command in found["next"]:
+        done = hpcai(*command.split()[1:])
+        assert done.exit_code == 0, done.stderr
+    assert list(Path("s/best/exports").iterdir()) and list(Path("s/best/compressed").iterdir())
 
 
 @pytest.mark.long
@@ -315,8 +325,8 @@ def test_a_population_goes_on_from_its_best_member_also_after_a_kill(hpcai, fold
     assert all(max(event["epoch"] for event in told if event["event"] == "epoch") == int(name[-3:]) + 1
                for name, told in events.items())
     assert found["best"][0]["run"].startswith("s/population/") and found["best"][0]["run"].endswith("-002")
-    assert found["next"] == f"hpcai evaluate {found['best'][0]['run']}"
-    evaluated = result(hpcai(*found["next"].split()[1:], "--split", "validation", "--json"))
+    assert found["next"][0] == f"hpcai evaluate {found['best'][0]['run']}"
+    evaluated = result(hpcai(*found["next"][0].split()[1:], "--split", "validation", "--json"))
     assert evaluated["metrics"]["loss"] == pytest.approx(found["metrics"]["loss"], rel=1e-4)
     other = hpcai(*words[:-1], 1, "--interval", 2)
     assert other.exit_code == 2 and "begun otherwise" in other.stderr

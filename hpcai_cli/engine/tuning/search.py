@@ -121,9 +121,6 @@ def found(study: Study) -> dict:
     best = study.write_best()
     plan = study.plan
     rows = [_row(study, trial) for trial in study.best()]
-    # A population's best has been trained with settings that changed on the way: it cannot be trained again by them.
-    then = "" if not rows else (f"hpcai evaluate {rows[0]['run']}" if plan.method == "population" else
-                                f"hpcai train {plan.reference} --data {plan.data} --from {study.best_file}")
     return {"schema": "hpcai.tune/1", "command": "tune", "study": str(study.folder), "recipe": plan.reference,
             "data": plan.data, "objectives": [objective.name for objective in plan.objectives],
             "search": {parameter.name: parameter.text for parameter in plan.space},
@@ -134,7 +131,18 @@ def found(study: Study) -> dict:
             "failed": [{"number": trial.number, "cause": trial.user_attrs.get("happened", "")} for trial in frozen
                        if trial.state == TrialState.FAIL],
             "set": " ".join(f"--set {name}={as_text(value)}" for name, value in (best or {}).items()),
-            "importance": {}, "page": "", "next": then}
+            "importance": {}, "page": "", "next": _next(study, rows) if rows else []}
+
+
+def _next(study: Study, best: list[dict]) -> list[str]:
+    """Return the commands that take the best from here to a model for users."""
+    run, train = str(study.folder / "best"), [
+        f"hpcai train {study.plan.reference} --data {study.plan.data} --from {study.best_file} --output "
+        f"{study.folder / 'best'}"]
+    # Its settings changed while it was trained: nothing would train it again.
+    if study.plan.method == "population":
+        run, train = best[0]["run"], []
+    return [*train, f"hpcai evaluate {run}", f"hpcai compress {run} --quantize int8", f"hpcai deploy export {run}"]
 
 
 def _row(study: Study, trial: FrozenTrial) -> dict:
