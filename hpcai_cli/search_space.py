@@ -45,10 +45,13 @@ class Parameter:
 
     def value_of(self, recipe: Recipe) -> object | None:
         """Return what a recipe has set; None where it is not among the values that are searched."""
-        value = _settings(recipe).get(self.name)
+        settings = _settings(recipe)
+        if self.name not in settings:
+            return None
+        value = settings[self.name]
         if self.kind == "choice":
-            return next((choice for choice in self.choices if value == _settings(
-                recipe.override({self.name: choice})).get(self.name)), None)
+            return next((choice for choice in self.choices
+                         if _settings(recipe.override({self.name: choice}))[self.name] == value), None)
         return value if isinstance(value, (int, float)) and self.low <= value <= self.high else None
 
 

@@ -58,8 +58,12 @@ def search(request: job.Request, settings: Mapping[str, str], *, pairs: Mapping[
     count = workers or max(1, len(machine.gpus()) // np)
     console.note(f"{study.folder}: {', '.join(map(str, plan.objectives))} of {plan.recipe.name} on {plan.data}, "
                  f"{count} at a time by {method}" + ("" if pruner == "none" else f", pruned by {pruner}"))
-    total = {"grid": lambda: len(grid(plan.space)),
-             "population": lambda: members * math.ceil(plan.recipe.epochs / interval)}.get(method, lambda: budget)()
+    total = budget
+    if method == "population":
+        total = members * math.ceil(plan.recipe.epochs / interval)
+    elif method == "grid":
+        points = len(grid(plan.space))
+        total = min(points, budget or points)
     with StopRequest() as stop, limit.watching(stop), Live(study, total, seconds) as live:
         if method == "population":
             Population(study, members=members, interval=interval, workers=count, stop=stop, show=live.show,
