@@ -131,7 +131,7 @@ def test_mnist_to_the_same_accuracy(folder, train_mnist, launcher):
 
 @needs_horovod
 @pytest.mark.parametrize(("processes", "number"), [
-    pytest.param(1, signal.SIGINT, marks=pytest.mark.long), (1, signal.SIGTERM),
+    pytest.param(1, signal.SIGINT, marks=pytest.mark.long), pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
     pytest.param(1, signal.SIGUSR1, marks=pytest.mark.long), (2, signal.SIGINT)])
 def test_a_signal_ends_in_a_checkpoint_and_resuming_gives_the_undisturbed_weights(folder, processes, number):
     common = ["./tiny.py", "--np", str(processes), "--epochs", "100", "--set", "dropout=0.3"]

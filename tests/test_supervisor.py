@@ -166,6 +166,7 @@ def test_a_signal_in_a_pause_ends_it_and_the_run_can_be_resumed(train):
 
 # ---- Ranks that hang -----------------------------------------------------------------------------------------------
 
+@pytest.mark.long
 @needs_horovod
 def test_a_stopped_rank_is_found_and_the_training_goes_on(train, undisturbed):
     with train("--np", "2", "--heartbeat", "5") as job:

@@ -190,6 +190,7 @@ def test_start_measures_without_any_data(hpcai):
     assert figures["hpcai --help"]["value"] > 0 and figures["python -c pass"]["value"] > 0
 
 
+@pytest.mark.long
 def test_input_measures_on_the_given_file(hpcai, digits, monkeypatch):
     from hpcai_cli.engine.benchmarks import input
 
@@ -244,6 +245,7 @@ def test_checkpoint_says_what_one_costs(hpcai, digits, monkeypatch):
     assert not [path for path in Path().iterdir() if path.name.startswith(".checkpoint-")]
 
 
+@pytest.mark.long
 def test_preprocess_measures_the_photographs_that_can_be_used(hpcai, pets):
     figures = figures_of(hpcai("benchmark", "preprocess", "--photographs", pets, "--json"))
     assert "39 photographs to 150x150x3, 2 processes" in figures, list(figures)

@@ -169,6 +169,7 @@ def test_other_settings_do_not_replace_what_is_there_unasked(hpcai, run):
     assert hpcai("compress", run, "--prune", "0.5", "--epochs", "2", "--force").exit_code == 0
 
 
+@pytest.mark.long
 def test_a_model_that_is_converted_already_is_refused(hpcai, run):
     report = report_of(hpcai("compress", run, "--quantize", "float16", "--json"))
     again = hpcai("compress", report["chosen"], "--quantize", "int8")

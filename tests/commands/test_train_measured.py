@@ -49,6 +49,7 @@ def test_a_profile_is_written_and_said_in_words(hpcai):
     assert not Path("run/profile/horovod_timeline.json").exists()
 
 
+@pytest.mark.long
 @needs_horovod
 def test_two_processes_write_one_trace_and_one_timeline(monkeypatch):
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")

@@ -111,6 +111,7 @@ def test_a_saved_model(run, count):
     np.testing.assert_allclose(opened.forward(IMAGES[:count]), logits(model, IMAGES[:count]), atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_logit_becomes_two_scores_in_every_kind(run, tmp_path):
     two = describe(run, Recipe(name="made", summary="", input_shape=(4, 4, 1), num_classes=2, class_names=("a", "b")))
     model = dense(1)
@@ -401,6 +402,7 @@ def test_an_onnx_file(run, onnx, batch, kind, count):
     assert opened.forward(IMAGES[:count]).tolist() == IMAGES[:count].reshape(count, 16)[:, :3].tolist()
 
 
+@pytest.mark.long
 def test_an_onnx_file_that_does_not_fit(run, onnx):
     file, kinds = run.folder / "m.onnx", onnx.TensorProto
     more = onnx.helper.make_tensor_value_info("more", kinds.FLOAT, (1,))

@@ -16,8 +16,10 @@ SMALL = {"width": "8", "units": "16", "bins": "8", "image_size": "64"}
 """What makes a model fast enough for a test, where the recipe has such an option."""
 OWN = {"dogs-vs-cats-transfer": {"width": "0.35", "weights": "none", "frozen": "true"}}
 """Where those would not do: that network comes in few widths, its weights from an address, and it learns slowly."""
-CASES = [pytest.param(name, chosen, marks=[pytest.mark.long] if number else []) for name in RECIPES for number, chosen
-         in enumerate(catalog.find(name).recipe.presets.get("architecture", {"": {}}))]
+SELDOM = ("image-folder", "dogs-vs-cats-transfer")
+"""What takes half a minute each; their networks are built by other tests too."""
+CASES = [pytest.param(name, chosen, marks=[pytest.mark.long] if number or name in SELDOM else []) for name in RECIPES
+         for number, chosen in enumerate(catalog.find(name).recipe.presets.get("architecture", {"": {}}))]
 """Each recipe with each of its architectures; with the first one each day."""
 
 
