@@ -54,7 +54,8 @@ def measure(recipe: str, data: Path, *, seeds: int, trials: int, search: Sequenc
                 found[name].append(searches.search(trials, "--seed", str(seed), "--workers", str(count), *words))
             rows.append((seed, *(f"{found[name][-1].best:.4f}" for name in found),
                          f"{found['asha'][-1].epochs / found['tpe'][-1].epochs:.2f}"))
-            console.note(f"seed {seed}: " + ", ".join(f"{name} {each[-1].best:.4f}" for name, each in found.items()))
+            console.note(f"seed {seed}: " + ", ".join(f"{name} {each[-1].best:.4f}" for name, each in found.items())
+                         + f" in {rows[-1][-1]} of the epochs")
         title = f"{recipe}, {trials} trials"
         yield Table("tune", f"{title}: the best {objective} on the validation split",
                     ("seed", "random", "TPE", "TPE with ASHA", "of the epochs"), tuple(rows))
