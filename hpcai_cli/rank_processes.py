@@ -24,6 +24,9 @@ _OWN_CODES = (*range(1, 7), EXIT_STOPPED, EXIT_INTERRUPTED)
 """With which a rank ends by itself."""
 _CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
+TAG = re.compile(r"\[(?:\d+,)?(\d+)\]<(stdout|stderr)>:")
+"""What horovodrun writes before each line of a rank, and Open MPI, [1,1]<stdout>:, before each piece of one."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -110,9 +113,7 @@ def run_ranks(ranks: Ranks, arguments: Sequence[str], files: Sequence[Path] = ()
 class _Reader:
     """Takes the launcher's prefixes off the ranks' lines and learns from its own lines which rank failed first."""
 
-    # horovodrun writes [1]<stdout>: before each line, Open MPI [1,1]<stdout>: before each piece of one, srun 1: before
-    # each line, and tells the streams apart.
-    _TAG = re.compile(r"\[(?:\d+,)?(\d+)\]<(stdout|stderr)>:")
+    # srun writes 1: before each line, and tells the streams apart.
     _LABEL = re.compile(r" *(\d+): (.*)", re.DOTALL)
     _EXIT = re.compile(r"Process (\d+) exit with status code (-?\d+)")
     _MPI_NAME = re.compile(r"\s*Process name: \[\[.*\],(\d+)\]")
@@ -169,7 +170,7 @@ class _Reader:
     def _pump_tags(self, stream, _: str) -> None:
         begun: dict[tuple[int, str], str] = {}
         for line in stream:
-            own, *tagged = self._TAG.split(line)
+            own, *tagged = TAG.split(line)
             if own:
                 self._own(own)
             for rank, kind, text in zip(tagged[::3], tagged[1::3], tagged[2::3], strict=True):

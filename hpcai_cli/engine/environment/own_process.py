@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from hpcai_cli.engine.environment.long_process import end_group
+from hpcai_cli.rank_processes import TAG
 
 
 def run(command: Sequence[object], *, seconds: float, environ: Mapping[str, str]) -> tuple[int, str, str]:
@@ -38,9 +39,9 @@ def ending(code: int, errors: str) -> str:
 
 
 def json_lines(output: str) -> list[dict]:
-    """Return the objects that lines of JSON hold, before which launchers write such as `[0]<stdout>:`."""
+    """Return the objects that lines of JSON hold, before which and into which launchers write `[1,0]<stdout>:`."""
     found = []
-    for line in output.splitlines():
+    for line in TAG.sub("", output).splitlines():
         try:
             found.append(json.loads(line[line.index("{"):]))
         except ValueError:
