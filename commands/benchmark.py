@@ -119,7 +119,7 @@ def tune(
                                                      "recipe's.")] = None,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Trials at a time.")] = 2,
 ) -> Iterable:
-    """Searches for better settings: against random trials, with pruning, with two workers. Takes hours.
+    """Searches for better settings: against random trials, with pruning, with two workers. Takes long.
 
     Examples:
         $ hpcai benchmark tune

@@ -257,6 +257,7 @@ def test_trials_of_two_ranks(hpcai, folder):
     found = result(hpcai(*TUNE, *SEARCH, "--trials", 1, "--epochs", 2, "--np", 2, "--json"))
     assert found["trials"] == {"complete": 1}
     assert json.loads(Path("s/trials/0000/manifest.json").read_text())["world_size"] == 2
+    assert found["next"][0].endswith("--output s/best --np 2"), "the best is of two ranks"
 
 
 @pytest.mark.long

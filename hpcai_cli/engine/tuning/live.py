@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -72,13 +72,13 @@ class Live:
         else:
             console.note(f"{line}; {self._left()}")
 
-    def show(self, running: Sequence[Progress]) -> None:
-        """Draw the table anew, on a terminal and now and then."""
+    def show(self, running: Iterable[Progress]) -> None:
+        """Draw the table anew, on a terminal and now and then; only then is it asked what runs."""
         if self._live and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._drawn = time.monotonic()
             self._live.update(self._table(running), refresh=True)
 
-    def _table(self, running: Sequence[Progress]):
+    def _table(self, running: Iterable[Progress]):
         from rich.box import SIMPLE
         from rich.table import Table
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import optuna
@@ -58,7 +58,7 @@ class Population:
     """
 
     def __init__(self, study: Study, *, members: int, interval: int, workers: int, stop: StopRequest,
-                 show: Callable[[list[Progress]], None], tell: Callable[[FrozenTrial, str], None]):
+                 show: Callable[[Iterable[Progress]], None], tell: Callable[[FrozenTrial, str], None]):
         self._study, self._plan, self._members, self._interval = study, study.plan, members, interval
         self._slots, self._stop = slots.Slots(workers, study.plan.np), stop
         self._show, self._tell = show, tell
@@ -141,7 +141,7 @@ class Population:
                 slot = self._slots.free(list(running))
                 running[slot] = segment, self._start(slot, segment)
                 waiting.remove(segment)
-            self._show([self._progress(segment) for segment, _ in running.values()])
+            self._show(self._progress(segment) for segment, _ in running.values())
             time.sleep(LOOK_SECONDS)
             if self._stop.received:
                 asked = asked or time.monotonic()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,13 +141,15 @@ def found(study: Study) -> dict:
 
 def _next(study: Study, best: list[dict]) -> list[str]:
     """Return the commands that take the best from here to a model for users."""
-    run, train = str(study.folder / "best"), [
-        f"hpcai train {study.plan.reference} --data {study.plan.data} --from {study.best_file} --output "
-        f"{study.folder / 'best'}"]
-    # Its settings changed while it was trained: nothing would train it again.
-    if study.plan.method == "population":
-        run, train = best[0]["run"], []
-    return [*train, f"hpcai evaluate {run}", f"hpcai compress {run} --quantize int8", f"hpcai deploy export {run}"]
+    plan, run, train = study.plan, study.folder / "best", []
+    if plan.method == "population":
+        # Its settings changed while it was trained: nothing would train it again.
+        run = best[0]["run"]
+    else:
+        ranks = ["--np", plan.np] if plan.np > 1 else []
+        train = [["train", plan.reference, "--data", plan.data, "--from", study.best_file, "--output", run, *ranks]]
+    commands = [*train, ["evaluate", run], ["compress", run, "--quantize", "int8"], ["deploy", "export", run]]
+    return [shlex.join(["hpcai", *map(str, words)]) for words in commands]
 
 
 def _row(study: Study, trial: FrozenTrial) -> dict:

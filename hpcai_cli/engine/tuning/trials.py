@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Trials:
     """
 
     def __init__(self, study: Study, *, workers: int, budget: int | None, stop: StopRequest,
-                 show: Callable[[list[Progress]], None], tell: Callable[[optuna.trial.FrozenTrial, str], None]):
+                 show: Callable[[Iterable[Progress]], None], tell: Callable[[optuna.trial.FrozenTrial, str], None]):
         self._study, self._record, self._plan = study, study.record, study.plan
         self._slots, self._budget, self._stop, self._show, self._tell = slots.Slots(
             workers, study.plan.np), budget, stop, show, tell
@@ -91,7 +91,7 @@ class Trials:
                     self._end_if_hopeless()
                 while len(self._running) < self._slots.count and not self._stop.received and self._begin():
                     pass
-                self._show(list(map(self._progress, self._running)))
+                self._show(map(self._progress, self._running))
                 if not self._running and not self._is_one_ending and self._is_spent():
                     return
                 time.sleep(LOOK_SECONDS)

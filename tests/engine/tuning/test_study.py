@@ -13,7 +13,7 @@ TRIALS = 20
 
 
 def best_of(folder, method: str, seed: int) -> float:
-    """Search a hill over learning rate and dropout that is as uneven as trainings are."""
+    """Search a hill over learning rate, dropout and batch size, with some noise."""
     from hpcai_cli.engine.tuning.study import Objective, Plan, Study
 
     recipe = catalog.find("mnist-mlp").recipe
