@@ -23,8 +23,8 @@ recipe = Recipe(
     learning_rate_scaling="sqrt",
     warmup_epochs=0.5,
     options={"units": 128, "dropout": 0.2},
-    search={"learning_rate": "log:1e-5:1e-1", "batch_size": "log:32:512", "dropout": "0:0.6",
-            "warmup_epochs": "0:2"},
+    search={"learning_rate": "log:1e-5:1e-1", "batch_size": "log:32:512", "warmup_epochs": "0:2",
+            "units": "log:16:256", "dropout": "0:0.6"},
 )
 
 

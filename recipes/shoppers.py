@@ -4,7 +4,7 @@ Data: Online Shoppers Purchasing Intention (Sakar, Polat, Katircioglu, Kastro; U
 session per row: 17 columns and Revenue, TRUE for the 15 % that bought something. Fetch online_shoppers_intention.csv
 there and name its folder. A fifth is set aside for the test, a fifth of the rest to choose the best epoch and the
 threshold by.
-Model: piecewise linear encoding of all numbers (arXiv 2203.05556), two layers of 128, one logit.
+Model: piecewise linear encoding of all numbers (arXiv 2203.05556), two layers of 256, one logit.
 Commands:
     hpcai preprocess shoppers --source shoppers/ --output data/shoppers.h5
     hpcai train shoppers --data data/shoppers.h5
@@ -25,17 +25,18 @@ recipe = Recipe(
     test_fraction=0.2,
     validation_fraction=0.2,
     epochs=16,
-    batch_size=128,
+    batch_size=48,
     optimizer="adamw",
-    learning_rate=2e-3,
+    learning_rate=1.3e-3,
     learning_rate_scaling="sqrt",
     weight_decay=1e-2,
+    label_smoothing=0.1,
     class_weights="balanced",
     decision_threshold="f1",
-    search={"learning_rate": "log:1e-5:1e-1", "batch_size": "log:32:512", "weight_decay": "log:1e-4:1",
-            "label_smoothing": "0:0.3"},
+    search={"learning_rate": "log:1e-5:1e-1", "batch_size": "log:32:512", "label_smoothing": "0:0.3",
+            "bins": "log:4:64", "units": "log:16:512", "dropout": "0:0.8"},
     best_by="roc_auc",
-    options={"bins": 24, "units": 128, "dropout": 0.6},
+    options={"bins": 10, "units": 256, "dropout": 0.5},
 )
 
 CATEGORIES = ("OperatingSystems", "Browser", "Region", "TrafficType")

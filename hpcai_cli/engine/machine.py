@@ -1,5 +1,6 @@
 """What this machine has: cores, memory, instruction sets, GPUs."""
 
+import itertools
 import os
 import platform
 import shutil
@@ -47,6 +48,17 @@ def gpus() -> list[str]:
     """Return the names of the GPUs that the driver shows."""
     names = first_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
     return [line.strip() for line in names.splitlines() if line.strip()]
+
+
+def usable_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: all where it says nothing."""
+    every = list(map(str, range(len(gpus()))))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None or not every:
+        return every
+    words = [word.strip() for word in given.split(",")]
+    # CUDA stops at the first that is none.
+    return list(itertools.takewhile(lambda word: word in every or word.startswith(("GPU-", "MIG-")), words))
 
 
 def first_output(command: list[str]) -> str:

@@ -27,10 +27,21 @@ def fit(model: keras.Model, inputs: np.ndarray) -> None:
     bins, features = layer.adapt_mean.shape[-2:]
     lowest, widths = np.zeros((bins, features)), np.full((bins, features), EMPTY_WIDTH)
     for feature in range(features):
-        # Quantiles coincide where many examples have the same value.
-        edges = np.unique(np.quantile(inputs[:, feature].astype(np.float64), np.linspace(0, 1, bins + 1)))
+        edges = _edges(inputs[:, feature].astype(np.float64), bins)
         lowest[:len(edges) - 1, feature], widths[:len(edges) - 1, feature] = edges[:-1], np.diff(edges)
     layer.adapt_mean.assign(lowest.reshape(layer.adapt_mean.shape))
     # The layer divides by the root of what it takes for a variance.
     layer.adapt_variance.assign(np.square(widths).reshape(layer.adapt_variance.shape))
     layer.finalize_state()
+
+
+def _edges(numbers: np.ndarray, bins: int) -> np.ndarray:
+    """Return where the bins of a feature begin and end, float64 (at most bins + 1), ascending.
+
+    Quantiles coincide at a value that many examples have, such as a zero for nothing. There a bin of its own, up to the
+    next value, tells these from all others, however the quantiles fall.
+    """
+    edges, counts = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1)), return_counts=True)
+    values = np.unique(numbers)
+    following = np.searchsorted(values, edges[counts > 1], side="right")
+    return np.union1d(edges, values[following[following < len(values)]])

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 from hpcai_cli.engine import model_file
 from hpcai_cli.engine.piecewise_linear import encoding, fit
@@ -35,3 +36,13 @@ def test_a_saved_model_is_loaded_without_trust_and_answers_alike(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = model_file.load(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(inputs).numpy(), model(inputs).numpy())
+
+
+@pytest.mark.parametrize("bins", [2, 4, 5, 7])
+def test_a_value_that_most_examples_have_is_told_from_the_next(bins):
+    rest = np.arange(1, 26)
+    inputs = np.concatenate([np.zeros(75), rest])[:, None].astype(np.float32)
+    model = fitted(inputs, bins)
+    zero, one = model(np.array([[0], [1]], np.float32)).numpy()
+    # A bin of its own is full at the next value already.
+    assert zero.sum() == 0 and one.max() == 1

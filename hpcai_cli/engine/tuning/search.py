@@ -56,7 +56,7 @@ def search(request: job.Request, settings: Mapping[str, str], *, pairs: Mapping[
         before.learn(study, path)
     limit = TimeLimit(seconds)
     limit.saving = 5.0
-    count = workers or max(1, len(machine.gpus()) // np)
+    count = workers or max(1, len(machine.usable_gpus()) // np)
     console.note(f"{study.folder}: {', '.join(map(str, plan.objectives))} of {plan.recipe.name} on {plan.data}, "
                  f"{count} at a time by {method}" + ("" if pruner == "none" else f", pruned by {pruner}"))
     total = budget

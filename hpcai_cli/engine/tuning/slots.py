@@ -26,7 +26,7 @@ class Slots:
 
     def __init__(self, count: int, np: int):
         self.count, self._np = count, np
-        self._all, self._gpus = sorted(os.sched_getaffinity(0)), len(machine.gpus())
+        self._all, self._gpus = sorted(os.sched_getaffinity(0)), machine.usable_gpus()
         self.cores = max(1, len(self._all) // count)
 
     def free(self, taken: Sequence[int]) -> int:
@@ -40,7 +40,7 @@ class Slots:
         if self._gpus:
             first = slot * self._np
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(
-                str(number % self._gpus) for number in range(first, first + self._np))
+                self._gpus[number % len(self._gpus)] for number in range(first, first + self._np))
         first = slot * self.cores % len(self._all)
         cores, ended_by_ours = self._all[first:first + self.cores], last_will.ended_by_ours()
 
