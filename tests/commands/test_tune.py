@@ -126,6 +126,15 @@ def test_trials_that_lag_are_ended_early(hpcai, folder):
     assert max(epochs_of(0)) == 9 > max(epochs_of(1))
 
 
+def test_the_settings_of_the_recipe_are_never_ended_early(hpcai, folder):
+    recipe = Path("tiny.py")
+    recipe.write_text(recipe.read_text().replace("learning_rate=0.01", "learning_rate=1e-7"))
+    found = result(hpcai(*TUNE, "--search", "learning_rate=0.05,1e-7,2e-7", "--method", "grid", "--set",
+                         "schedule=constant", "--pruner", "asha", "--epochs", 9, "--json"))
+    assert found["trials"] == {"complete": 2, "pruned": 1}
+    assert max(epochs_of(1)) == 9 > max(epochs_of(2))
+
+
 # ---- What goes wrong -----------------------------------------------------------------------------------------------
 
 def test_a_trial_that_fails_is_recorded_with_its_cause_and_stops_nothing(hpcai, folder):
@@ -342,9 +351,11 @@ def test_the_benchmark_of_it(hpcai, folder, monkeypatch):
     found = result(hpcai("benchmark", "tune", "./tiny.py", "--data", "tiny.h5", "--seeds", 1, "--trials", 3, *SEARCH,
                          "--json"))
     figures = {row["name"]: row for row in found["figures"]}
-    assert len(figures) == 7
+    assert len(figures) == 8
     title = "./tiny.py, 3 trials"
     assert figures[f"{title}: seeds with which TPE is better than random trials"]["value"] in (0, 1)
+    assert figures[f"{title}: seeds with which what TPE drew itself is better, without the recipe's own settings"
+                   ]["value"] <= figures[f"{title}: seeds with which TPE is better than random trials"]["value"]
     assert figures[f"{title}: epochs with ASHA"]["value"] <= 1
     assert figures[f"{title}: time beside the trials"]["value"] > 0
     workers = figures["./tiny.py: trials per hour of two workers on two cores against one on one"]

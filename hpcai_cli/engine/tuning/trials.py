@@ -48,6 +48,8 @@ class Training:
     epoch: int = 0
     value: float | None = None
     """The first objective after the newest epoch."""
+    is_own: bool = False
+    """Whether these are the recipe's own settings, which no search may come out behind: they are not pruned."""
     is_pruned: bool = False
     stopped: float = 0.0
     """When it was asked to stop, by time.monotonic(); 0 if it was not."""
@@ -146,7 +148,8 @@ class Trials:
         settings = self._study.suggest(trial)
         plan = self._plan
         where = ["--resume", run.folder] if run.recipe_file.exists() else ["--output", run.folder]
-        return Training(trial, slot, claim, run, [*train_command(plan, settings), *where], settings=settings)
+        return Training(trial, slot, claim, run, [*train_command(plan, settings), *where],
+                        is_own=trial.params in plan.own_points(), settings=settings)
 
     def _claimed(self, number: int) -> int | None:
         """Return the descriptor of a trial's lock, which ends with this process; None if another one holds it."""
@@ -182,7 +185,8 @@ class Trials:
             # Optuna takes none where there are several objectives.
             if training.epoch not in known and len(self._plan.objectives) == 1:
                 training.trial.report(training.value, step=training.epoch)
-            if self._plan.pruner != "none" and not training.stopped and training.trial.should_prune():
+            lags = self._plan.pruner != "none" and not training.stopped and training.trial.should_prune()
+            if lags and not training.is_own:
                 training.is_pruned = True
                 self._ask_to_stop(training)
         if training.stopped and code is None and time.monotonic() - training.stopped > ENDING_SECONDS:
