@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hpcai_cli.engine import machine
+
 POWERCAP = Path("/sys/class/powercap")
 """Where Linux shows the counters of Intel's and AMD's processors, both under names that begin with `intel-rapl`."""
 NVML = "libnvidia-ml.so.1"
@@ -100,21 +102,10 @@ def gpus(library: str = NVML, environ: Mapping[str, str] = os.environ) -> list[C
     count = ctypes.c_uint()
     _check(nvml, nvml.nvmlInit_v2())
     _check(nvml, nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)))
-    return [_gpu_counter(nvml, number) for number in _visible(count.value, environ.get("CUDA_VISIBLE_DEVICES"))]
-
-
-def _visible(count: int, given: str | None) -> list[int]:
-    """Return the numbers of the GPUs that CUDA_VISIBLE_DEVICES names, up to the first that is none, as CUDA does."""
-    words = None if given is None else [word.strip() for word in given.split(",")]
-    if words is None or any(word.startswith(("GPU-", "MIG-")) for word in words):
-        # A name of its own for each GPU: all are counted rather than none.
-        return list(range(count))
-    known = []
-    for word in words:
-        if not word.isdigit() or int(word) >= count:
-            break
-        known.append(int(word))
-    return known
+    names = machine.visible_gpus(count.value, environ.get("CUDA_VISIBLE_DEVICES"))
+    # Which number a name of the driver's own belongs to is not known: all are counted rather than none.
+    numbers = map(int, names) if all(map(str.isdigit, names)) else range(count.value)
+    return [_gpu_counter(nvml, number) for number in numbers]
 
 
 def _gpu_counter(nvml: ctypes.CDLL, number: int) -> Counter:

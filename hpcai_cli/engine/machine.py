@@ -51,13 +51,19 @@ def gpus() -> list[str]:
 
 
 def usable_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: all where it says nothing."""
-    every = list(map(str, range(len(gpus()))))
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    return visible_gpus(len(gpus()), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible_gpus(count: int, given: str | None) -> list[str]:
+    """Return those of `count` GPUs that CUDA_VISIBLE_DEVICES names: numbers, or the driver's own names; None names all.
+
+    As CUDA does, it ends before the first that is none.
+    """
+    every = list(map(str, range(count)))
     if given is None or not every:
         return every
     words = [word.strip() for word in given.split(",")]
-    # CUDA stops at the first that is none.
     return list(itertools.takewhile(lambda word: word in every or word.startswith(("GPU-", "MIG-")), words))
 
 

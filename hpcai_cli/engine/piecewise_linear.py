@@ -42,6 +42,4 @@ def _edges(numbers: np.ndarray, bins: int) -> np.ndarray:
     next value, tells these from all others, however the quantiles fall.
     """
     edges, counts = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1)), return_counts=True)
-    values = np.unique(numbers)
-    following = np.searchsorted(values, edges[counts > 1], side="right")
-    return np.union1d(edges, values[following[following < len(values)]])
+    return np.union1d(edges, [numbers[numbers > edge].min() for edge in edges[counts > 1] if edge < edges[-1]])

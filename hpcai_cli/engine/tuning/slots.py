@@ -39,8 +39,9 @@ class Slots:
         environment = launch.without_launcher()
         if self._gpus:
             first = slot * self._np
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
-                self._gpus[number % len(self._gpus)] for number in range(first, first + self._np))
+            # Once each: CUDA takes a list that names one twice for an empty one.
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(
+                self._gpus[number % len(self._gpus)] for number in range(first, first + self._np)))
         first = slot * self.cores % len(self._all)
         cores, ended_by_ours = self._all[first:first + self.cores], last_will.ended_by_ours()
 

@@ -49,7 +49,7 @@ class Training:
     value: float | None = None
     """The first objective after the newest epoch."""
     is_own: bool = False
-    """Whether these are the recipe's own settings, which no search may come out behind: they are not pruned."""
+    """Whether these are the recipe's own settings. They are not pruned: what begins with them ends no worse."""
     is_pruned: bool = False
     stopped: float = 0.0
     """When it was asked to stop, by time.monotonic(); 0 if it was not."""

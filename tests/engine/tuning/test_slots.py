@@ -30,6 +30,7 @@ def driver(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("given", "count", "np", "expected"), [
     (None, 2, 1, ["0", "1"]), (None, 2, 2, ["0,1", "2,3"]), ("2,3", 2, 1, ["2", "3"]), ("3", 2, 1, ["3", "3"]),
+    ("3", 1, 2, ["3"]),
     ("GPU-77,GPU-99", 2, 1, ["GPU-77", "GPU-99"]), ("1,9,2", 1, 1, ["1"]), ("-1", 1, 1, ["-1"]), ("", 1, 1, [""])])
 def test_each_training_gets_gpus_of_those_that_the_search_may_use(driver, tmp_path, monkeypatch, given, count, np,
                                                                   expected):
