@@ -168,14 +168,17 @@ class Trials:
         return self._study.trials / f"{number:04d}.log"
 
     def _progress(self, training: Training) -> Progress:
-        epochs = int(training.settings.get("epochs", self._plan.recipe.epochs))
-        return Progress(str(training.trial.number), training.epoch, epochs, training.value, training.settings)
+        return Progress(str(training.trial.number), training.epoch, self._epochs(training), training.value,
+                        training.settings)
+
+    def _epochs(self, training: Training) -> int:
+        return int(training.settings.get("epochs", self._plan.recipe.epochs))
 
     # ---- What becomes of it ----------------------------------------------------------------------------------------
 
     def _follow(self, training: Training) -> bool:
         """Pass on what a training has told, prune it where that is due, and return whether it has ended."""
-        code = training.process.poll()
+        code, lags = training.process.poll(), False
         for event in self._events(training):
             training.epoch, value = event["epoch"], self._plan.objectives[0].value_in(event)
             if value is None:
@@ -185,10 +188,13 @@ class Trials:
             # Optuna takes none where there are several objectives.
             if training.epoch not in known and len(self._plan.objectives) == 1:
                 training.trial.report(training.value, step=training.epoch)
-            lags = self._plan.pruner != "none" and not training.stopped and training.trial.should_prune()
-            if lags and not training.is_own:
-                training.is_pruned = True
-                self._ask_to_stop(training)
+            # Asked of all, also of those that go on: it keeps the record of the rungs.
+            if self._plan.pruner != "none" and not training.stopped and training.trial.should_prune():
+                lags = True
+        # One that has trained all its epochs, as a short one may between two looks, has nothing left to save.
+        if lags and not training.is_own and training.epoch < self._epochs(training):
+            training.is_pruned = True
+            self._ask_to_stop(training)
         if training.stopped and code is None and time.monotonic() - training.stopped > ENDING_SECONDS:
             training.process.kill()
         if code is not None:
